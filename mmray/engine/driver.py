@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmray.engine.executors import Executor, executor_for
-from mmray.engine.job import Job, JobResult, Output, Parts, Plan, Progress
+from mmray.engine.job import PARTIAL, Job, JobResult, Output, Parts, Plan, Progress
 from mmray.engine.units import WorkOrder
 from mmray.errors import InputError
 from mmray.runs import Receipt, RunFolder
@@ -29,6 +30,8 @@ from mmray.version import VERSION
 Follow = Callable[[Progress], None]
 """Called after every committed unit."""
 
+DELETED_TOGETHER = 8
+"""Objects that are deleted in parallel."""
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow")
 """Libraries whose versions run.json records."""
 
@@ -109,7 +112,7 @@ def _run_teams(
                 begun.append(with_retries(partial(_begin, job, plan, held)))
         worked = _run_pending(started, executor or executor_for(teams[0][0][0].settings), follow)
         return [
-            [_finish(one, began, worked=any_work) for one in team]
+            [_finish(one, began, executor, worked=any_work) for one in team]
             for team, any_work in zip(started, worked, strict=True)
         ]
 
@@ -203,7 +206,7 @@ def _order(team: Sequence[_StartedJob], done: list[Receipt]) -> tuple[WorkOrder,
     return order, list(groups.values())
 
 
-def _finish(started: _StartedJob, began: float, *, worked: bool) -> JobResult:
+def _finish(started: _StartedJob, began: float, executor: Executor | None, *, worked: bool) -> JobResult:
     """Merge what is committed, unless the tables are up to date, and return the result."""
     job, folder, store = started.job, started.folder, started.target
     while True:
@@ -219,11 +222,15 @@ def _finish(started: _StartedJob, began: float, *, worked: bool) -> JobResult:
             if not is_published(store, snapshot):
                 publish(started.lease.guard(store), snapshot)
         else:
-            headline = _merge(started, parts, made_from)
+            headline = _merge(started, parts, made_from, executor)
             worked = True
         # A late worker may have committed a quarantined unit during the merge: then merge again.
         if folder.committed() == parts.receipts.keys():
             break
+    # Not within the merge: a driver that died after it has left them, too.
+    root = started.lease.guard(RunFolder.at(job.root).store)
+    with ThreadPoolExecutor(DELETED_TOGETHER) as pool:
+        list(pool.map(lambda entry: root.delete(entry.key), root.list(f"{PARTIAL}/")))
     return JobResult(
         job=job.name,
         done=sum(receipt.samples for receipt in parts.receipts.values()),
@@ -250,9 +257,19 @@ def _complete(started: _StartedJob) -> Parts:
     return Parts(folder, receipts, started.job.parts)
 
 
-def _merge(started: _StartedJob, parts: Parts, made_from: dict[str, str]) -> Mapping[str, Any]:
+def _merge(
+    started: _StartedJob, parts: Parts, made_from: dict[str, str], executor: Executor | None
+) -> Mapping[str, Any]:
     """Merge the parts, publish tables and files, and return the headline."""
     job, lease = started.job, started.lease
+    if partial_merges := job.partial_merges(started.plan, parts):
+        executor = executor or executor_for(partial_merges[0].settings)
+        # One session for all: to start Ray takes seconds.
+        with executor.session():
+            for one in partial_merges:
+                done = run(one, executor=executor, lease=lease)
+                for number, reason in done.quarantined.items():
+                    raise InputError(f"{job.root}: the merge failed in {one.name}, unit {number} ({reason}); run again")
     guarded = lease.guard(started.target)
     output = Output(SnapshotWriter(guarded, job.name, started.fence))
     headline = job.merge(started.plan, parts, output)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mmray.engine.settings import JobSettings
 from mmray.runs import Receipt, RunFolder
+from mmray.runs.pieces import whole_name
 from mmray.runs.snapshots import SnapshotWriter
 
 S = TypeVar("S", bound=JobSettings)
@@ -20,6 +21,8 @@ P = TypeVar("P")
 
 UNITS_AHEAD, BYTES_AHEAD = 3, 64 << 20
 """Units whose parts are prefetched during a merge, and bytes of these parts; at least one unit."""
+PARTIAL = "merging"
+"""Folder of the partial merges in a job's root."""
 READERS, FEW_READERS = 8, 4
 """Parts that are read in parallel; few of large ones, because what a thread has freed is kept for that thread."""
 
@@ -115,24 +118,29 @@ class Parts:
         return pa.concat_tables(tables, promote_options="default")
 
     def size(self, name: str) -> int:
-        """Return the bytes of the part with this name over all units; earlier versions did not record theirs."""
+        """Return the bytes of a part, or its pieces, over all units; earlier versions did not record theirs."""
         checksums = (one.checksums or {} for one in self.receipts.values())
-        return sum(known[name].size for known in checksums if name in known)
+        return sum(file.size for known in checksums for part, file in known.items() if whole_name(part) == name)
 
     def sample(self, name: str, count: int) -> Iterator[pa.Table]:
-        """Yield the part with this name of at most `count` units, evenly spread."""
+        """Yield the part with this name of at most `count` units, evenly spread; of one in pieces each the next."""
         receipts = list(self.receipts.values())
-        for number in range(min(count, len(receipts))):
-            yield self.folder.read_part(receipts[number * len(receipts) // min(count, len(receipts))], name)
+        for number in range(count := min(count, len(receipts))):
+            receipt = receipts[number * len(receipts) // count]
+            pieces = [part for part in receipt.parts or {} if whole_name(part) == name]
+            yield self.folder.read_part(receipt, pieces[number % len(pieces)])
 
-    def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
+    def by_unit(self, names: Collection[str] | Callable[[Receipt], Collection[str]]) -> Iterator[dict[str, pa.Table]]:
         """Yield the named parts of every unit, prefetching those of the next few units."""
-        each = sum(self.size(name) for name in names) // max(1, len(self.receipts))
+        of = names if callable(names) else lambda _: names
+        known = ((one.checksums or {}, of(one)) for one in self.receipts.values())
+        sizes = (files[name].size for files, names in known for name in names if name in files)
+        each = sum(sizes) // max(1, len(self.receipts))
         ahead = max(1, min(UNITS_AHEAD, BYTES_AHEAD // max(1, each)))
         with ThreadPoolExecutor(READERS if ahead > 1 else FEW_READERS) as pool:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
-                waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in names})
+                waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in of(receipt)})
                 # Bounded, because parts of all units together may not fit into memory.
                 if len(waiting) > ahead:
                     yield {name: part.result() for name, part in waiting.popleft().items()}
@@ -150,6 +158,11 @@ class Output:
     def table(self, name: str, rows: pa.Table) -> None:
         """Append rows to a table. Tables that are never appended to keep their earlier version."""
         self.snapshot.add(name, rows)
+
+    def table_file(self, name: str, parts: Parts, receipt: Receipt, part: str) -> None:
+        """Append to a table, as it is, the file that is this part of a unit; see `Job.partial_merges`."""
+        rows = (receipt.checksums or {})[part].rows or 0
+        self.snapshot.add_file(name, parts.folder.read_file(receipt, part), rows, receipt.bounds.get(part, {}))
 
     def file(self, key: str, data: bytes) -> None:
         """Write a file into the target, replacing an earlier one."""
@@ -227,6 +240,13 @@ class Job(ABC, Generic[S, P]):
 
         Must be deterministic: parts come in the order of units, whichever workers computed them.
         """
+
+    def partial_merges(self, plan: Plan[P], parts: Parts) -> Sequence[Job[Any, Any]]:
+        """Return jobs to run one after the other before `merge`, which may read their parts; none by default.
+
+        Their root must lie under `PARTIAL` in this job's own: it is removed once the tables are written.
+        """
+        return ()
 
     def folder(self, fingerprint: str) -> str:
         """Return the folder where units are committed."""
