@@ -126,11 +126,19 @@ class ConceptMerge:
 
     def add(self, concepts: pa.Table, totals: pa.Table) -> None:
         """Add one shard."""
+        self.add_totals(totals)
+        self.add_concepts(concepts)
+
+    def add_totals(self, totals: pa.Table, shards: int = 1) -> None:
+        """Add the totals of a shard, or of so many that are added up already."""
         # Totals cover all neurons, kept or not: `specific` and `selective` need what they do elsewhere.
         self.total += list_values(totals["score"])[0]
         self.total_squares += list_values(totals["score_squares"])[0]
         self.n += totals["n"][0].as_py()
-        self.shards += 1
+        self.shards += shards
+
+    def add_concepts(self, concepts: pa.Table) -> None:
+        """Add the sums of a shard's concepts."""
         self._rows.add(_as_lists(concepts), "concept")
 
     def ranges(self) -> Iterator[Iterator[tuple[str, AddUp]]]:

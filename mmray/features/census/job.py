@@ -21,7 +21,9 @@ from mmray.features.census.activity import without_repeats
 from mmray.features.census.decoding import decode_neurons
 from mmray.features.census.estimate import describe, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs, text_settings
-from mmray.features.census.merging import APPENDED, RunMerge, concept_cuts
+from mmray.features.census.merging import APPENDED, DECODED, RANGE, RunMerge, concept_cuts, read_decoded
+from mmray.features.census.partial_merge import PartialMerge, partial_merges, put_together
+from mmray.features.census.ranges import cut_parts, neuron_ranges, pieces_of
 from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
@@ -32,10 +34,9 @@ from mmray.neurons.model import load_model
 from mmray.neurons.row_sharing import RowSharing
 from mmray.runs import RunFolder
 from mmray.runs.lease import Lease
+from mmray.runs.pieces import join
 from mmray.runs.receipts import skipped
-from mmray.storage import with_retries
 
-DECODED = "decoded"
 P = TypeVar("P")
 Follow = Callable[[Progress], None]
 
@@ -185,6 +186,7 @@ class CensusJob(ModelJob[CensusContext]):
     def worker_with(self, model: LoadedModel, context: CensusContext) -> Worker:
         """Return the worker that analyses a shard."""
         source, sharing = open_data(self.settings), RowSharing(model)
+        ranges = len(neuron_ranges([context.widths, *context.module_widths.values()]))
 
         def analyse(unit: Unit) -> Callable[[], UnitResult]:
             shard = unit.payload
@@ -194,42 +196,53 @@ class CensusJob(ModelJob[CensusContext]):
             def finish() -> UnitResult:
                 tables = analysis.tables()
                 tables["activity"] = without_repeats(tables["activity"])
-                return UnitResult(tables, analysis.skipped, sorted(analysis.notes))
+                return UnitResult(cut_parts(tables, ranges), analysis.skipped, sorted(analysis.notes))
 
             return finish
 
         return analyse
 
+    def partial_merges(self, plan: Plan[CensusContext], parts: Parts) -> Sequence[PartialMerge]:
+        """Return the jobs that merge a large run."""
+        one = plan.context
+        return partial_merges(self.settings, parts, one.widths, one.module_widths, one.names, one.decoding)
+
     def merge(self, plan: Plan[CensusContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the tables of the run."""
-        context = plan.context
-        cuts = concept_cuts(parts)
+        if jobs := self.partial_merges(plan, parts):
+            concepts, certified, among = put_together(jobs, plan.context.module_widths, output)
+        else:
+            concepts, certified, among = self._merge_all(plan.context, parts, output)
+        receipts = parts.receipts.values()
+        return {
+            "samples": sum(receipt.samples for receipt in receipts),
+            "occurrences": sum(receipt.occurrences for receipt in receipts),
+            "concepts": concepts,
+            # Kept as a number, so that status need not read the table.
+            "certified": certified / among if among else None,
+        }
+
+    def _merge_all(self, context: CensusContext, parts: Parts, output: Output) -> tuple[int, int, int]:
+        """Merge everything in this process; returns the number of concepts, and `certified_counts`."""
         merge = RunMerge(
             context.widths,
-            _decoded(context.decoding),
+            read_decoded(context.decoding),
             self.settings.top_k,
             context.module_widths,
-            cuts,
+            concept_cuts(parts, -(-parts.size("concepts") // RANGE)),
             context.names,
         )
         for name in APPENDED:
             # A table without any row must still replace that of an earlier merge.
             output.table(name, TABLES[name].empty_table())
-        for unit in parts.by_unit([*self.parts, "errors"]):
+        for unit in parts.by_unit(lambda receipt: [part for name in PARTS for part in pieces_of(receipt, name)]):
             # Written shard by shard, so that memory never holds the occurrences of the whole run.
-            for name, rows in merge.add(unit.__getitem__).items():
+            for name, rows in merge.add(join(unit).__getitem__).items():
                 output.table(name, rows)
         for name, table in merge.tables():
             output.table(name, table)
         certified, among = merge.rankings.certified
-        receipts = parts.receipts.values()
-        return {
-            "samples": sum(receipt.samples for receipt in receipts),
-            "occurrences": sum(receipt.occurrences for receipt in receipts),
-            "concepts": merge.rankings.ranked,
-            # Kept as a number, so that status need not read the table.
-            "certified": certified / among if among else None,
-        }
+        return merge.rankings.ranked, certified, among
 
 
 class DecodingJob(ModelJob[None]):
@@ -322,13 +335,3 @@ def _begun_manifest(folder: RunFolder) -> Manifest | None:
         raise InputError(
             f"{folder.store.uri}: the manifest is damaged ({error}); restore it, or start a new run"
         ) from error
-
-
-def _decoded(uri: str) -> pa.Table:
-    """Return the tokens that each neuron writes, from the folder of the decoding job."""
-    folder = with_retries(lambda: RunFolder.at(uri))
-    receipt = folder.receipt(0)
-    if receipt is None:
-        reason = folder.reasons().get(0, "its receipt is gone")
-        raise InputError(f"{uri}: the neurons could not be decoded: {reason}; run again with --retry-failed")
-    return folder.read_part(receipt, DECODED)

@@ -11,13 +11,17 @@ from types import MappingProxyType
 import pyarrow as pa
 
 from mmray.engine import Parts
+from mmray.errors import InputError
 from mmray.features.census.concept_merge import ConceptMerge
 from mmray.features.census.concept_rankings import BY_NEURON, INDEX, ConceptRankings, sorted_by_neuron, uses_of
 from mmray.features.census.neuron_sums import NeuronSums, Samples, activity_table, example_tables, neuron_table
+from mmray.features.census.ranges import pieces_of
 from mmray.features.census.spill import Spill, cuts_of
 from mmray.features.census.tables import TABLES
 from mmray.neuron_names import PLAIN, NeuronNames
+from mmray.runs import RunFolder
 from mmray.runs.concepts import summarise_rankings
+from mmray.storage import with_retries
 
 ReadPart = Callable[[str], pa.Table]
 """Reads one part (`captions`, `concepts`, …) of a committed shard."""
@@ -25,18 +29,35 @@ ReadPart = Callable[[str], pa.Table]
 APPENDED = ("captions", "occurrences", "errors")
 """Tables that are the concatenated rows of all shards."""
 
+DECODED = "decoded"
+"""Part with the tokens that each neuron writes."""
 RANGE = 64 << 20
 """Bytes of committed sums that a range of concepts has; bounds the memory of a merge."""
-SAMPLED = 32
-"""Shards whose concepts decide where ranges are cut."""
+SAMPLED, SAMPLED_PIECES = 32, 8
+"""Shards whose concepts decide where ranges are cut; of shards in pieces, how often each piece is among them."""
 
 
-def concept_cuts(parts: Parts) -> list[str]:
-    """Return the concepts at which to cut the run's concepts into ranges of about RANGE bytes of sums."""
-    ranges = -(-parts.size("concepts") // RANGE)
+def concept_cuts(parts: Parts, ranges: int) -> list[str]:
+    """Return the concepts at which to cut the run's concepts into so many ranges of about equal size."""
+    if ranges <= 1:
+        return []
+    pieces = max(len(pieces_of(receipt, "concepts")) for receipt in parts.receipts.values())
     # The shards are spread over the run: its end may be in another language than its beginning.
-    sampled = parts.sample("concepts", SAMPLED) if ranges > 1 else ()
+    sampled = parts.sample("concepts", max(SAMPLED, SAMPLED_PIECES * pieces))
     return cuts_of([name for part in sampled for name in part["concept"].to_pylist()], ranges)
+
+
+def read_decoded(uri: str) -> pa.Table:
+    """Return the tokens that each neuron writes, from the folder of the decoding job.
+
+    Raises InputError if its unit was quarantined.
+    """
+    folder = with_retries(lambda: RunFolder.at(uri))
+    receipt = folder.receipt(0)
+    if receipt is None:
+        reason = folder.reasons().get(0, "its receipt is gone")
+        raise InputError(f"{uri}: the neurons could not be decoded: {reason}; run again with --retry-failed")
+    return folder.read_part(receipt, DECODED)
 
 
 class RunMerge:

@@ -11,9 +11,9 @@ import pyarrow as pa
 from jaxtyping import Int64, Shaped, UInt64
 from numpy import ndarray
 
-from mmray.features.census.activity import ActivityKey, activity_lists
+from mmray.features.census.activity import KEY, LISTS, ActivityKey, activity_lists
 from mmray.features.census.ranking import locate_index
-from mmray.features.census.tables import TABLES
+from mmray.features.census.tables import PARTS, TABLES
 from mmray.neurons.statistics import EXAMPLES
 from mmray.runs.tables import list_values
 
@@ -69,6 +69,22 @@ class NeuronSums:
             if len(ranks):
                 own = [[values[rank] for rank in ranks] for values in columns]
                 extremes.add(own[0], own[1], own[2], samples)
+
+    def table(self) -> pa.Table:
+        """Return the activity as the part of a shard."""
+        schema = PARTS["activity"]
+        keys = zip(*self.activity, strict=True) if self.activity else [()] * len(KEY)
+        lists = zip(*self.activity.values(), strict=True) if self.activity else [()] * len(LISTS)
+        columns = dict(zip(KEY, keys, strict=True)) | dict(zip(LISTS, lists, strict=True))
+        return pa.table({**columns, "n_tokens": list(self.tokens.values())}, schema=schema)
+
+    @classmethod
+    def of(cls, activity: pa.Table) -> NeuronSums:
+        """Return sums with this activity, and without examples."""
+        found = cls(0)
+        found.activity = {key: list(lists) for key, lists in activity_lists(activity).items()}
+        found.tokens = dict(zip(found.activity, activity["n_tokens"].to_pylist(), strict=True))
+        return found
 
 
 class Examples:

@@ -20,6 +20,7 @@ from mmray.features.census.job import CensusJob
 from mmray.features.census.settings import CensusSettings
 from mmray.models.loading import describe_model
 from mmray.neurons.concepts import NounSource
+from mmray.runs.pieces import join
 
 TIMED = 128
 """Samples that `--measure` analyses."""
@@ -50,4 +51,4 @@ def _timing(job: CensusJob, source: Source, manifest: Manifest, nouns: NounSourc
         with timed_phases() as phases:
             tables = finished(worker(Unit(shard.samples, shard))).tables
         seconds = time.perf_counter() - began
-    return Timing(shard.samples, seconds, dict(Counter(phases).most_common()), of_shard(tables, shard.samples))
+    return Timing(shard.samples, seconds, dict(Counter(phases).most_common()), of_shard(join(tables), shard.samples))
