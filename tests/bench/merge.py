@@ -6,6 +6,7 @@ scaled activations, so that examples change as they do in a real run. Every part
 time that the changes take is not counted.
 
     merge     CPU seconds, peak memory above that of the imports, bytes of parts and of tables
+    ranges    the same run, merged by ranges on two workers: CPU seconds and memory of each job, and of the driver
     read      `mmray rank RUN`, `mmray rank RUN CONCEPT` and `mmray neuron RUN NEURON`, each in a new process: seconds,
               CPU seconds, and how many bytes of the run it reads
 """
@@ -15,29 +16,37 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.engine import Output, Parts, Plan
+from mmray.engine import Executor, Output, Parts, Plan, executor_for
+from mmray.engine import run as run_job
+from mmray.engine.job import UNITS_AHEAD
+from mmray.features.census import partial_merge, ranges
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
+from mmray.features.census.partial_merge import MergeContext, PartialMerge
+from mmray.features.census.ranges import cut_parts, neuron_ranges, pieces_of
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neuron_names import PLAIN
 from mmray.neurons.concepts import NounSource
 from mmray.runs import Receipt, RunFolder
+from mmray.runs.pieces import whole_name
 from mmray.runs.snapshots import SnapshotWriter, publish_tables
 from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
@@ -58,35 +67,42 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[50, 200])
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
-    rows = []
+    rows, by_ranges = [], []
     with tempfile.TemporaryDirectory() as out:
         draw(Path(out))
         for count in arguments.shards:
             # Each in a process of its own, whose memory is its own.
-            code = f"from tests.bench import merge; merge.merge(merge.Path({out!r}), {count})"
-            done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
+            for kind, found in (("merge", rows), ("merge_by_ranges", by_ranges)):
+                code = f"from tests.bench import merge; merge.{kind}(merge.Path({out!r}), {count})"
+                done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+                found += json.loads(done.stdout.splitlines()[-1])
+                print(done.stdout.splitlines()[-1], flush=True)
         uri = str(Path(out) / f"run-{arguments.shards[-1]}")
         concept = pq.read_table(f"{uri}/tables/concepts.parquet")["concept"][-1].as_py()
         reads = [read(uri, *one) for one in (["rank", uri], ["rank", uri, concept], ["neuron", uri, "L7.u89"])]
-    table = "\n".join(markdown(list(some[0]), [list(row.values()) for row in some]) for some in (rows, reads))
+    table = "\n".join(
+        markdown(list(some[0]), [list(row.values()) for row in some]) for some in (rows, by_ranges, reads)
+    )
     print(table)
     if arguments.write:
         write("tests/bench/README.md", "python -m tests.bench.merge --write", table)
 
 
+def job_of(out: Path, run: str) -> CensusJob:
+    return CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out / run)}))
+
+
+def context_of(out: Path) -> CensusContext:
+    return CensusContext(NounSource("textblob"), WIDTHS, {}, PLAIN, str(out / "decoding"))
+
+
 def merge(out: Path, count: int) -> None:
-    folder = Repeated(out, count)
-    job = CensusJob(census_settings({"model": "demo", "data": "demo", "out": str(out)}))
-    context = CensusContext(NounSource("textblob"), WIDTHS, {}, PLAIN, str(out / "decoding"))
+    folder, job = Repeated(out, count), job_of(out, f"run-{count}")
     run = LocalStore(out / f"run-{count}")
     began, used = time.perf_counter(), time.process_time()
-    with peak_memory() as peak:
-        writer = SnapshotWriter(run, job.name, 1)
+    with peak_memory() as peak, patch.object(partial_merge, "LARGE", 1 << 60):
         parts = TimedParts(folder, folder.receipts(), job.parts)
-        headline = job.merge(Plan([], {}, context), parts, Output(writer))
-        publish_tables(run, writer.commit({"receipts": ""}, headline))
+        headline = write_tables(run, job, Plan([], {}, context_of(out)), parts)
     wall, cpu = time.perf_counter() - began, time.process_time() - used
     info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
     RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")
@@ -94,8 +110,8 @@ def merge(out: Path, count: int) -> None:
     written = sum(entry.size for entry in run.list("tables/"))
     found = {
         "shards": f"{count:,}",
-        "CPU s": f"{cpu - folder.seconds:.0f}",
-        "CPU s to read and add a shard": f"{(parts.ended[0] - used - folder.seconds) / count:.3f}",
+        "CPU s": f"{cpu - Repeated.spent:.0f}",
+        "CPU s to read and add a shard": f"{(parts.ended[0] - used - Repeated.spent) / count:.3f}",
         "CPU s to rank and write a concept": f"{(cpu + used - parts.ended[0]) / headline['concepts']:.4f}",
         "concepts": f"{headline['concepts']:,}",
         "wall s": f"{wall:.0f}",
@@ -103,7 +119,83 @@ def merge(out: Path, count: int) -> None:
         "parts, GB": f"{read / 1e9:.1f}",
         "tables, GB": f"{written / 1e9:.2f}",
     }
-    print(json.dumps(found))
+    print(json.dumps([found]))
+
+
+def write_tables(run: LocalStore, job: CensusJob, plan: Plan[CensusContext], parts: Parts) -> dict[str, Any]:
+    writer = SnapshotWriter(run, job.name, 1)
+    headline = job.merge(plan, parts, Output(writer))
+    publish_tables(run, writer.commit({"receipts": ""}, headline))
+    return headline
+
+
+def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> None:
+    folder, job = Repeated(out, count), job_of(out, f"ranges-{count}")
+    plan, parts = Plan([], {}, context_of(out)), Parts(folder, folder.receipts(), job.parts)
+    kinds = {kind.__name__: type(kind.__name__, (Timed, kind), {}) for kind in PartialMerge.__subclasses__()}
+    with patch.multiple(partial_merge, MergeContext=RepeatedContext, LARGE=0, **kinds):
+        jobs = job.partial_merges(plan, parts)
+        rows, walls = [], []
+        executor = executor or executor_for(jobs[0].settings.model_copy(update={"workers": "2"}))
+        with executor.session():
+            for one in jobs:
+                began = time.perf_counter()
+                assert run_job(one, executor=executor).complete
+                walls.append(time.perf_counter() - began)
+        began, used = time.perf_counter(), time.process_time()
+        with peak_memory() as peak:
+            write_tables(LocalStore(out / f"ranges-{count}"), job, plan, parts)
+        wall, cpu = time.perf_counter() - began, time.process_time() - used
+    for one, seconds in zip(jobs, walls, strict=True):
+        times = [json.loads(line) for line in Path(one.place, TIMES).read_text().splitlines()]
+        rows.append(
+            {
+                "shards": f"{count:,}",
+                "merged by ranges": one.name,
+                "units": f"{len(one.units)}",
+                "CPU s": f"{sum(cpu for cpu, _ in times):.0f}",
+                "of the longest unit": f"{max(cpu for cpu, _ in times):.0f}",
+                "wall s": f"{seconds:.0f}",
+                "memory, MB": f"{max(memory for _, memory in times):.0f}",
+            }
+        )
+    driver = {"merged by ranges": "driver", "units": "1", "of the longest unit": "", "wall s": f"{wall:.0f}"}
+    rows.append(rows[0] | driver | {"CPU s": f"{cpu:.0f}", "memory, MB": f"{peak() + base_memory():.0f}"})
+    shutil.rmtree(out / f"ranges-{count}")
+    print(json.dumps(rows))
+
+
+TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard
+"""File with CPU seconds and peak memory of every unit, the worker's start counted with its first."""
+
+
+class Timed:
+    """A partial merge that notes what its units cost, without what makes shards look different."""
+
+    def merger(self, context: RepeatedContext) -> Any:
+        place, last = Path(self.place, TIMES), time.process_time()  # type: ignore[attr-defined]
+        Repeated.spent = 0.0
+
+        def commit(*work: Any, **more: Any) -> Receipt:
+            nonlocal last
+            receipt = COMMIT(*work, **more)
+            now = time.process_time() - Repeated.spent
+            with place.open("a") as file:
+                file.write(json.dumps([now - last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]) + "\n")
+            last = now
+            return receipt
+
+        RunFolder.commit_shard = commit  # type: ignore[method-assign]
+        return super().merger(context)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class RepeatedContext(MergeContext):
+    """Reads the drawn shards over and over."""
+
+    def parts(self) -> Parts:
+        folder = Repeated(Path(self.run).parent, len(self.shards))
+        return Parts(folder, folder.receipts(), PARTS)
 
 
 def read(uri: str, *arguments: str) -> dict[str, str]:
@@ -136,7 +228,7 @@ class TimedParts(Parts):
 
     ended: list[float] = field(default_factory=list)
 
-    def by_unit(self, names: Collection[str]) -> Iterator[dict[str, pa.Table]]:
+    def by_unit(self, names: Any) -> Iterator[dict[str, pa.Table]]:
         yield from super().by_unit(names)
         self.ended.append(time.process_time())
 
@@ -144,47 +236,68 @@ class TimedParts(Parts):
 class Repeated(RunFolder):
     """A run of so many shards that reads the drawn ones over and over, each time with other concepts and samples."""
 
+    spent: ClassVar[float] = 0.0
+    """CPU seconds that this process spent on making one shard look like another; the merge is not charged for them."""
+    lock: ClassVar[Lock] = Lock()
+
     def __init__(self, out: Path, count: int) -> None:
         super().__init__(LocalStore(out / "drawn"))
         self.count = count
-        self.seconds = 0.0
-        """CPU seconds spent on making one shard look like another; the merge is not charged for them."""
-        self._lock = Lock()
         self._drawn = super().receipts()
 
     def receipts(self) -> dict[int, Receipt]:
-        return {
-            number: replace(self._drawn[number % len(self._drawn)], shard_id=number) for number in range(self.count)
-        }
+        return {number: self._receipt(number) for number in range(self.count)}
+
+    def _receipt(self, number: int) -> Receipt:
+        drawn, names = self._drawn[number % len(self._drawn)], concepts_of(number)
+        places = {part: self._rows(drawn, part) for part in pieces_of(drawn, "concepts")}
+        bounds = {part: {"concept": [names[rows.start], names[rows.stop - 1]]} for part, rows in places.items()}
+        return replace(drawn, shard_id=number, bounds=bounds)
+
+    def _rows(self, drawn: Receipt, name: str) -> slice:
+        """Return which rows of a part are in a piece."""
+        assert drawn.checksums is not None
+        before = pieces_of(drawn, whole_name(name))
+        rows = [drawn.checksums[part].rows or 0 for part in before[: before.index(name) + 1]]
+        return slice(sum(rows[:-1]), sum(rows))
 
     def read_part(self, receipt: Receipt, name: str) -> pa.Table:
-        table = super().read_part(self._drawn[receipt.shard_id % len(self._drawn)], name)
+        drawn = self._drawn[receipt.shard_id % len(self._drawn)]
+        table = super().read_part(drawn, name)
         began = time.thread_time()
-        table = self._renamed(table, receipt.shard_id, name)
-        with self._lock:
-            self.seconds += time.thread_time() - began
+        table = self._renamed(table, receipt.shard_id, name, self._rows(drawn, name))
+        with self.lock:
+            Repeated.spent += time.thread_time() - began
         return table
 
-    def _renamed(self, table: pa.Table, number: int, name: str) -> pa.Table:
-        """Return a part of a drawn shard as that of a shard with this number."""
+    def _renamed(self, table: pa.Table, number: int, name: str, rows: slice) -> pa.Table:
+        """Return a part of a drawn shard, or a piece with these rows, as that of a shard with this number."""
         if name == "captions":
             ids = pa.array([f"{number:06d}-{row:04d}-0123456789abcdef" for row in range(len(table))])
             digests = pa.array([f"{number:08x}{row // 5:08x}" for row in range(len(table))])
             table = _with(table, sample_id=ids, image=digests)
             return _with(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
-        if name == "concepts":
-            return _with(table, concept=pa.array(concepts_of(number)))
+        if whole_name(name) == "concepts":
+            return _with(table, concept=pa.array(concepts_of(number)[rows]))
         if name == "occurrences":
             names = np.array(concepts_of(number), object)[table["token_id"].to_numpy()]
             ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
             return _with(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
-        if name == "examples":
+        if whole_name(name) == "examples":
             column = table["activation"].combine_chunks()
+            values = column.flatten().to_numpy().reshape(len(table), -1)
             # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
-            scale = np.random.default_rng(number).gamma(9.0, 1 / 9, NEURONS).astype(np.float32)
-            values = column.flatten().to_numpy().reshape(-1, NEURONS) * scale
-            return _with(table, activation=list_column(values, column.type))
+            first = int(name.partition(".")[2] or 0) * ranges.NEURONS
+            return _with(
+                table, activation=list_column(values * scales_of(number)[first:][: values.shape[1]], column.type)
+            )
         return table
+
+
+@lru_cache(UNITS_AHEAD)
+def scales_of(number: int) -> np.ndarray:
+    """Return what the activations of a shard's examples are scaled by."""
+    return np.random.default_rng(number).gamma(9.0, 1 / 9, NEURONS).astype(np.float32)
 
 
 def _with(table: pa.Table, **columns: pa.Array) -> pa.Table:
@@ -224,7 +337,9 @@ def draw(out: Path) -> None:
         RunFolder(LocalStore(out / "decoding")).commit_shard(0, decoded, 0, 0.0)
         folder = RunFolder(LocalStore(out / "drawn"))
         for number in range(DRAWN):
-            folder.commit_shard(number, shard_tables(random, common), SAMPLES, 1.0)
+            folder.commit_shard(
+                number, cut_parts(shard_tables(random, common), len(neuron_ranges([WIDTHS]))), SAMPLES, 1.0
+            )
 
 
 def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, pa.Table]:

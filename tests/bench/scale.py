@@ -1,15 +1,16 @@
 """How a census grows with data and replicas, simulated from measured phases: `python -m tests.bench.scale [--write]`.
 
 Replicas take shards from one driver, commit them to S3, and are lost now and then, as spot machines are: a lost shard
-is done again, and the replica comes back later. The driver answers for one shard at a time. Then it merges. What a
-phase takes was measured by other benchmarks (`Phases`); requests to storage are counted here, on a job that really
-runs.
+is done again, and the replica comes back later. The driver answers for one shard at a time. Then replicas merge ranges
+(`Merge`). What a phase takes was measured by other benchmarks (`Phases`); requests to storage are counted here, on a
+job that really runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 from mmray.engine import LocalExecutor
+from mmray.features.census.bytes_written import PER_NEURON
+from mmray.features.census.ranges import MOST, neuron_ranges
 from mmray.features.census.settings import MOST_PER_SHARD
 from mmray.features.census.tables import PARTS
 from mmray.runs import folder
@@ -30,6 +33,33 @@ from tests.bench.writing import markdown, write
 from tests.support.stores import Wrapped
 
 CAPTIONS, REPLICAS = (10**6, 10**9), (8, 64, 256, 1024)
+
+
+WIDTHS = (11_008,) * 32
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A job of the merge, and among how many replicas it can be divided."""
+
+    per_shard: float
+    """Seconds of one core."""
+    units: int
+
+    def seconds(self, shards: int, replicas: int) -> float:
+        return shards * self.per_shard / min(replicas, self.units, shards)
+
+
+RANGES = len(neuron_ranges([WIDTHS]))
+LARGER = 5
+"""Times the concepts and occurrences of a shard of `tests.bench.merge` that one of the default size has."""
+MERGES = (
+    Merge(LARGER * 0.023, sys.maxsize),
+    Merge(0.14, RANGES),
+    # To read a shard's concepts, and to rank them in 2,000 shards, where a concept has 60 rows.
+    Merge(LARGER * (0.1 + 600 / 60 * 0.013), MOST // 2),
+)
+"""Jobs `rows`, `sums` and `rankings` (`tests.bench.merge`). The other one, and the driver, grow with the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +76,9 @@ class Phases:
     """Bytes per second that a replica sends to S3."""
     driver: float = 1.1e-3
     """The driver's time per shard on Ray (`tests.bench.engine --ray`)."""
-    merge: float = 0.38 + 2_400 * 0.2e-3
-    """Of one core: one of 2,000 shards of 600 concepts (`tests.bench.merge`), and 0.2 ms for each concept more."""
+    merges: tuple[Merge, ...] = MERGES
+    tables: float = 16
+    """Of one core, to regroup the rankings of 20,000 concepts by neuron, and to copy all tables; from there, too."""
     life: float = 6 * 3600
     """Mean life of a replica, and how long until there is another, which has loaded the model."""
     absence: float = 360
@@ -61,12 +92,15 @@ class Outcome:
 
     shards: int
     seconds: float
-    """From the first shard to the last commit."""
+    """From the first shard to the last commit of one."""
     driver: float
     """Fraction of this time that the driver was busy."""
     lost: int
     """Shards that were done again."""
     merge: float
+    """The same for what merges."""
+    alone: float
+    """What the merge takes on one core."""
 
 
 def simulate(captions: int, replicas: int, phases: Phases, seed: int = 0) -> Outcome:
@@ -95,7 +129,10 @@ def simulate(captions: int, replicas: int, phases: Phases, seed: int = 0) -> Out
         free = max(now, free) + phases.driver
         busy += phases.driver
         if done == shards:
-            return Outcome(shards, free, busy / free, lost, shards * phases.merge)
+            merge, alone = (
+                sum(one.seconds(shards, many) for one in phases.merges) + phases.tables for many in (replicas, 1)
+            )
+            return Outcome(shards, free, busy / free, lost, merge, alone)
         heapreplace(answers, next_answer(free, replica, ends))
 
 
@@ -130,7 +167,8 @@ def requests_per_unit(units: int = 200) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as out, patch.object(folder, "open_store", counted):
         measure(out, units, LocalExecutor())
-    more = len(PARTS) - 1  # the job that is counted has one part, which the merge reads
+    # The job that is counted has one part and `errors`, and its merge reads the part; a census writes no other alone.
+    more = RANGES * len(PER_NEURON) + MOST + len({*PARTS} - {*PER_NEURON, "concepts", "decoded"}) - 2
     return {kind: count / units + more for kind, count in Counted.requests.items()}
 
 
@@ -158,7 +196,8 @@ def main() -> None:
         "driver busy": lambda _, __, done: f"{done.driver:.1%}",
         "writes to S3 per s": lambda _, __, done: f"{done.shards * requests['write'] / done.seconds:,.1f}",
         "TB": lambda captions, _, __: f"{captions * phases.parts / 1e12:.3g}",
-        "merge, one core": lambda _, __, done: hours(done.merge),
+        "merge": lambda _, __, done: hours(done.merge),
+        "merge, one core": lambda _, __, done: hours(done.alone),
         "nearest limit": lambda _, __, done: nearest(limits(done, phases, requests["write"])),
     }
     rows = []
