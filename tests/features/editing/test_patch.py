@@ -91,6 +91,7 @@ def test_it_is_written_and_read_and_is_in_a_checkpoint(open_model, tmp_path):
     edit.save(tmp_path / "edit")
     read = open_edit(tmp_path / "edit")
     assert torch.equal(read.inputs, edit.inputs)
+    assert "the rows that the neuron reads" in (tmp_path / "edit" / "README.md").read_text()
     write_checkpoint(model, read, tmp_path / "checkpoint")
     with edit.applied(model):
         expected = logits(model)
