@@ -34,6 +34,9 @@ from mmray.runs.run import Run
 
 SWAP_MARGIN = 5.0
 """Logits by which the target of a swap must lead on its images. Suppression need not write a word so firmly."""
+PATCH_MARGIN, PATCH_KEEP_WEIGHT = 15.0, 10.0
+"""The same in a patch: where the word is less clear than on these images, its neuron opens less. And the weight of kept
+captions and answers, to which a patch does little: with the usual one, it hardly carries over to other images."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
 ABOUT_IMAGES = ("captions", "answers")
@@ -250,6 +253,9 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
     config = TrainingConfig(steps=task.settings.steps, weights=task.settings.weights, seed=task.settings.seed)
     if {purpose.kind for purpose in task.purposes} == {"swap"}:
         config = replace(config, margin=SWAP_MARGIN)
+    if isinstance(deltas, Patch):
+        margin = PATCH_MARGIN if config.margin else 0.0
+        config = replace(config, margin=margin, keep_weight=PATCH_KEEP_WEIGHT)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
     kinds = ABOUT_IMAGES if deltas.whitened else task.kept.learned

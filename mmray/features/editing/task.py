@@ -22,7 +22,7 @@ from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.whitening import Curvature
 from mmray.neurons.model import NeuronModel
 
-SHARES, FIRST_SHARE = (0.95, 0.8, 0.55, 0.35), 1
+SHARES, FIRST_SHARE = (0.8, 0.55, 0.35), 1
 """Shares of what the word's positions reach at which patched neurons open, and the number of the first to try."""
 MOST = 2048
 """Neurons of the largest try: whitening takes time that grows with their third power."""
