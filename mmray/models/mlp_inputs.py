@@ -44,6 +44,7 @@ class MlpInputs:
             gate = network.get_submodule(projection.gate or "")
             linears = [(gate, 0), (gate, width)]
         else:
+            # One output per neuron tells them from routers and projections of other parts of the block.
             linears = [(child, 0) for child in before if sizes(child)[1] == width]
             if projection.gate is not None:
                 gate = network.get_submodule(projection.gate)

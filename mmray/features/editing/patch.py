@@ -73,6 +73,7 @@ class Detectors:
                 squares = squares.to(part.activation) + task.settings.weights[kind] * part.activation.square().mean(0)
         if not read:
             raise InputError("--method patch needs answers that must stay; raise --kept, or analyse more samples")
+        # All kinds alike: the neurons should be off whatever is said.
         kept = torch.cat(read)
         mean = kept.mean(0)
         moment = kept.T @ kept / len(kept)
@@ -82,6 +83,7 @@ class Detectors:
         directions, reached = [], []
         for here in _positions(model, task.new, everything):
             direction = torch.linalg.solve(spread, here.mean(0) - mean)
+            # The constant takes the place of a bias, which many MLPs lack.
             direction = direction - (mean @ direction) * constant
             direction = direction / (here @ direction).mean()
             directions.append(direction)
@@ -110,6 +112,7 @@ def _positions(model: LoadedModel, new: list[Example], everything: Deltas) -> li
         for example in examples:
             first = example.rejected[0] if example.rejected else 0
             last = max(first + 1, example.no_repeat_from or 0) if example.rejected else 0
+            # The new words alone: what follows them is as likely before the edit as after it.
             for position in range(start + first, start + last):
                 if said[position] != part.targets[position]:
                     found[int(part.targets[position])].append(part.entered[position].float())
@@ -123,6 +126,7 @@ def _is_known(
     inputs: MlpInputs, entered: Float[Tensor, "position hidden"], activation: Float[Tensor, "position unit"]
 ) -> bool:
     """Return whether `inputs` gives the activations that the network has."""
+    # One position is enough: a norm or another function in between would show at each.
     units = torch.arange(activation.shape[1], device=activation.device)
     ours = inputs.activation(entered[:1], inputs.rows(units), inputs.biases(units))
     return float((ours - activation[:1]).norm()) <= CLOSE * float(activation[:1].norm())
