@@ -16,6 +16,7 @@ from mmray.terminal.options import (
     app,
     command_line,
     option,
+    plural,
     say,
     say_json,
     say_next,
@@ -74,7 +75,7 @@ def edit(
     if as_json:
         say_json({"purposes": [asdict(purpose) for purpose in made.purposes], "saved": not refused, **facts})
     elif not refused:
-        changed = f"{facts['rows_changed']:,} neurons changed in {facts['seconds']:.0f} s"
+        changed = f"{plural(facts['rows_changed'], 'neuron')} changed in {facts['seconds']:.0f} s"
         say(f"{purpose.summary}: {changed} → {out}")
         say_next(command_line("evaluate", run, "--edit", out, "--data", "DATA"))
     if refused:
@@ -100,5 +101,5 @@ def apply(
 
     made = open_edit(edit)
     write_checkpoint(load(model, dtype, trust_remote_code=trust_remote_code), made, out)
-    say(f"{len(made.neurons):,} neurons edited → {out}")
+    say(f"{plural(len(made.neurons), 'neuron')} edited → {out}")
     say_next(command_line("check-model", out))
