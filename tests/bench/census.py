@@ -1,10 +1,11 @@
-"""Census against a plain forward, side by side: `python -m tests.bench.census [--samples 500] [--rounds 5]`.
+"""Census against a plain forward, side by side: `python -m tests.bench.census [--shards 3] [--rounds 3]`.
 
 Both run the demo model (or --model, --data) over the same samples on the same cores or GPU, in turns, so that a noisy
 machine disturbs both alike. The plain forward is `model(**inputs)` under inference mode, with its inputs prepared in
 memory; the census starts from encoded images and does everything up to the committed parts: decode, tokenise, forward,
-score, reduce, write. Start-up (model loading) is excluded from both. The census asks the model for no logits but those
-of the concepts and for no cache; the second row is a plain forward that does without them too.
+score, reduce, write. As in an actor, a thread finishes and commits a shard while the next one runs; only the last of
+--shards is finished alone. Start-up (model loading) is excluded from both. The census asks the model for no logits but
+those of the concepts and for no cache; the second row is a plain forward that does without them too.
 
 On a machine that does other work too, CPU time says more, with one core: threads that wait for others count as busy.
 All cores by default; `--cores 1` confines both to one, which is what a census without GPUs gives each of its workers
@@ -26,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,10 +56,11 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=("forward", "captions", "plan"), default="forward")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="demo")
-    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=500, help="of a shard")
+    parser.add_argument("--shards", type=int, default=3, help="of the part forward")
     parser.add_argument("--images", type=int, default=48, help="of the part captions")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int)
     arguments = parser.parse_args()
     if arguments.cores:
@@ -127,17 +130,26 @@ def run(arguments: argparse.Namespace, out: str) -> None:
     model = load(settings.model)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source = open_data(settings)
-    manifest = cut(source.files(), arguments.samples, arguments.samples)
+    shards = cut(source.files(), arguments.samples, arguments.samples * arguments.shards).shards
     nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
     folder = RunFolder.at(out)
 
+    def commit(analysis: ShardAnalysis, number: int) -> None:
+        folder.commit_shard(number, analysis.tables(), arguments.samples, 0.0)
+
     def census(number: int) -> tuple[float, float]:
         began, busy = time.perf_counter(), time.process_time()
-        tables = ShardAnalysis(model, settings, nouns, number).run(read_shard(source, manifest.shards[0]))
-        folder.commit_shard(number, tables, manifest.samples, 0.0)
+        with ThreadPoolExecutor(1) as finishing:
+            finished = []
+            for shard in shards:
+                analysis = ShardAnalysis(model, settings, nouns, shard.shard_id)
+                analysis.collect(read_shard(source, shard))
+                finished.append(finishing.submit(commit, analysis, number * len(shards) + shard.shard_id))
+            for each in finished:
+                each.result()
         return time.perf_counter() - began, time.process_time() - busy
 
-    samples = [row for row in read_shard(source, manifest.shards[0]) if isinstance(row, Sample)]
+    samples = [row for shard in shards for row in read_shard(source, shard) if isinstance(row, Sample)]
     prepared = [batch for _, batch in ShardAnalysis(model, settings, nouns, 0).encoded(samples)]
 
     def timed(step: Callable[[Batch], object]) -> tuple[float, float]:

@@ -1,14 +1,16 @@
-"""What a merge costs at LLaVA-1.5-7B's width: `python -m tests.bench.merge [--shards N ...] [--write]`.
+"""What a merge costs at LLaVA-1.5-7B's width: `python -m tests.bench.merge [--undivided N] [--shards N ...] [--write]`.
 
 Some shards are drawn at random (32 × 11,008 neurons, 600 concepts each, one label) and committed. A run of N shards
 reads them over and over: each time with other concepts, drawn by Zipf's law from a vocabulary, with other samples and
 scaled activations, so that examples change as they do in a real run. Every part is read from disk and checked; the
 time that the changes take is not counted.
 
-    merge     CPU seconds, peak memory above that of the imports, bytes of parts and of tables
-    ranges    the same run, merged by ranges on two workers: CPU seconds and memory of each job, and of the driver
-    read      `mmray rank RUN`, `mmray rank RUN CONCEPT` and `mmray neuron RUN NEURON`, each in a new process: seconds,
-              CPU seconds, and how many bytes of the run it reads
+    undivided  merged in one process, as small runs are: CPU seconds, peak memory above that of the imports, bytes of
+               parts and of tables
+    ranges     merged by ranges on two workers, as runs of more than 4 GB are: CPU seconds and memory of each job, and
+               of the driver
+    read       `mmray rank RUN`, `mmray rank RUN CONCEPT` and `mmray neuron RUN NEURON` of the last run, each in a new
+               process: seconds, CPU seconds, and how many bytes of the run it reads
 """
 
 from __future__ import annotations
@@ -16,14 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -35,8 +36,7 @@ import pyarrow.parquet as pq
 
 from mmray.engine import Executor, Output, Parts, Plan, executor_for
 from mmray.engine import run as run_job
-from mmray.engine.job import UNITS_AHEAD
-from mmray.features.census import partial_merge, ranges
+from mmray.features.census import partial_merge
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.partial_merge import MergeContext, PartialMerge
 from mmray.features.census.ranges import cut_parts, neuron_ranges, pieces_of
@@ -64,20 +64,22 @@ EXTREMES = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shards", type=int, nargs="+", default=[50, 200])
+    parser.add_argument("--undivided", type=int, default=80, help="shards to merge in one process")
+    parser.add_argument("--shards", type=int, nargs="+", default=[400], help="shards to merge by ranges, in each run")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
     rows, by_ranges = [], []
     with tempfile.TemporaryDirectory() as out:
         draw(Path(out))
-        for count in arguments.shards:
+        runs = [("merge", arguments.undivided, rows)]
+        runs += [("merge_by_ranges", count, by_ranges) for count in arguments.shards]
+        for kind, count, found in runs:
             # Each in a process of its own, whose memory is its own.
-            for kind, found in (("merge", rows), ("merge_by_ranges", by_ranges)):
-                code = f"from tests.bench import merge; merge.{kind}(merge.Path({out!r}), {count})"
-                done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-                found += json.loads(done.stdout.splitlines()[-1])
-                print(done.stdout.splitlines()[-1], flush=True)
-        uri = str(Path(out) / f"run-{arguments.shards[-1]}")
+            code = f"from tests.bench import merge; merge.{kind}(merge.Path({out!r}), {count})"
+            done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+            found += json.loads(done.stdout.splitlines()[-1])
+            print(done.stdout.splitlines()[-1], flush=True)
+        uri = str(Path(out) / f"ranges-{arguments.shards[-1]}")
         concept = pq.read_table(f"{uri}/tables/concepts.parquet")["concept"][-1].as_py()
         reads = [read(uri, *one) for one in (["rank", uri], ["rank", uri, concept], ["neuron", uri, "L7.u89"])]
     table = "\n".join(
@@ -104,10 +106,7 @@ def merge(out: Path, count: int) -> None:
         parts = TimedParts(folder, folder.receipts(), job.parts)
         headline = write_tables(run, job, Plan([], {}, context_of(out)), parts)
     wall, cpu = time.perf_counter() - began, time.process_time() - used
-    info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
-    RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")
-    read = sum(part.size for one in parts.receipts.values() for part in (one.checksums or {}).values())
-    written = sum(entry.size for entry in run.list("tables/"))
+    begin(run, job)
     found = {
         "shards": f"{count:,}",
         "CPU s": f"{cpu - Repeated.spent:.0f}",
@@ -116,10 +115,21 @@ def merge(out: Path, count: int) -> None:
         "concepts": f"{headline['concepts']:,}",
         "wall s": f"{wall:.0f}",
         "memory, MB": f"{peak():.0f} + {base_memory():.0f}",
-        "parts, GB": f"{read / 1e9:.1f}",
-        "tables, GB": f"{written / 1e9:.2f}",
+        **gigabytes(run, parts),
     }
     print(json.dumps([found]))
+
+
+def begin(run: LocalStore, job: CensusJob) -> None:
+    """Write what makes a run of the tables, so that it opens."""
+    info = {"fingerprint": "merge", "result_settings": {}, "digests": {}, "model": {"widths": WIDTHS}}
+    RunFolder(run).begin(info | {"settings": job.settings.model_dump()}, b"{}")
+
+
+def gigabytes(run: LocalStore, parts: Parts) -> dict[str, str]:
+    read = sum(part.size for one in parts.receipts.values() for part in (one.checksums or {}).values())
+    written = sum(entry.size for entry in run.list("tables/"))
+    return {"parts, GB": f"{read / 1e9:.1f}", "tables, GB": f"{written / 1e9:.2f}"}
 
 
 def write_tables(run: LocalStore, job: CensusJob, plan: Plan[CensusContext], parts: Parts) -> dict[str, Any]:
@@ -131,6 +141,7 @@ def write_tables(run: LocalStore, job: CensusJob, plan: Plan[CensusContext], par
 
 def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> None:
     folder, job = Repeated(out, count), job_of(out, f"ranges-{count}")
+    run = LocalStore(out / f"ranges-{count}")
     plan, parts = Plan([], {}, context_of(out)), Parts(folder, folder.receipts(), job.parts)
     kinds = {kind.__name__: type(kind.__name__, (Timed, kind), {}) for kind in PartialMerge.__subclasses__()}
     with patch.multiple(partial_merge, MergeContext=RepeatedContext, LARGE=0, **kinds):
@@ -144,7 +155,7 @@ def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> 
                 walls.append(time.perf_counter() - began)
         began, used = time.perf_counter(), time.process_time()
         with peak_memory() as peak:
-            write_tables(LocalStore(out / f"ranges-{count}"), job, plan, parts)
+            headline = write_tables(run, job, plan, parts)
         wall, cpu = time.perf_counter() - began, time.process_time() - used
     for one, seconds in zip(jobs, walls, strict=True):
         times = [json.loads(line) for line in Path(one.place, TIMES).read_text().splitlines()]
@@ -157,11 +168,15 @@ def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> 
                 "of the longest unit": f"{max(cpu for cpu, _ in times):.0f}",
                 "wall s": f"{seconds:.0f}",
                 "memory, MB": f"{max(memory for _, memory in times):.0f}",
+                "concepts": "",
+                "parts, GB": "",
+                "tables, GB": "",
             }
         )
     driver = {"merged by ranges": "driver", "units": "1", "of the longest unit": "", "wall s": f"{wall:.0f}"}
-    rows.append(rows[0] | driver | {"CPU s": f"{cpu:.0f}", "memory, MB": f"{peak() + base_memory():.0f}"})
-    shutil.rmtree(out / f"ranges-{count}")
+    driver |= {"CPU s": f"{cpu:.0f}", "memory, MB": f"{peak() + base_memory():.0f}"}
+    rows.append(rows[0] | driver | {"concepts": f"{headline['concepts']:,}"} | gigabytes(run, parts))
+    begin(run, job)
     print(json.dumps(rows))
 
 
@@ -287,17 +302,11 @@ class Repeated(RunFolder):
             column = table["activation"].combine_chunks()
             values = column.flatten().to_numpy().reshape(len(table), -1)
             # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
-            first = int(name.partition(".")[2] or 0) * ranges.NEURONS
-            return _with(
-                table, activation=list_column(values * scales_of(number)[first:][: values.shape[1]], column.type)
+            scales = np.random.default_rng([number, int(name.partition(".")[2] or 0)]).gamma(
+                9.0, 1 / 9, values.shape[1]
             )
+            return _with(table, activation=list_column(values * scales.astype(np.float32), column.type))
         return table
-
-
-@lru_cache(UNITS_AHEAD)
-def scales_of(number: int) -> np.ndarray:
-    """Return what the activations of a shard's examples are scaled by."""
-    return np.random.default_rng(number).gamma(9.0, 1 / 9, NEURONS).astype(np.float32)
 
 
 def _with(table: pa.Table, **columns: pa.Array) -> pa.Table:

@@ -1,7 +1,6 @@
 """The drawn shards of the benchmark are merged into a run that opens."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,6 @@ def test_ranges_make_the_same_tables(
     for name, value in {"NEURONS": 300, "PIECE": 40_000}.items():
         monkeypatch.setattr(ranges, name, value)
     monkeypatch.setattr(RunFolder, "commit_shard", RunFolder.commit_shard)
-    monkeypatch.setattr(shutil, "rmtree", lambda _: None)
     merge.draw(tmp_path)
     merge.merge(tmp_path, 3)
     merge.merge_by_ranges(tmp_path, 3, LocalExecutor())
@@ -50,3 +48,4 @@ def test_ranges_make_the_same_tables(
     for name in TABLES:
         alone, by_ranges = (read_table(store, name, f"{kind}-3/tables") for kind in ("run", "ranges"))
         assert (len(alone) or name == "errors") and alone.equals(by_ranges)
+    assert open_run(tmp_path / "ranges-3").neuron("L1.u511")["examples"]
