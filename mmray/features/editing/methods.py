@@ -35,8 +35,9 @@ from mmray.runs.run import Run
 SWAP_MARGIN = 5.0
 """Logits by which the target of a swap must lead on its images. Suppression need not write a word so firmly."""
 PATCH_MARGIN, PATCH_KEEP_WEIGHT = 15.0, 10.0
-"""The same in a patch: where the word is less clear than on these images, its neuron opens less. And the weight of kept
-captions and answers, to which a patch does little: with the usual one, it hardly carries over to other images."""
+"""The same in a patch, also of suppression: where the word is less clear than on these images, its neuron opens less.
+And the weight of kept captions and answers, to which a patch does little: with the usual one, it hardly carries over to
+other images."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
 ABOUT_IMAGES = ("captions", "answers")
@@ -254,7 +255,7 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
     if {purpose.kind for purpose in task.purposes} == {"swap"}:
         config = replace(config, margin=SWAP_MARGIN)
     if isinstance(deltas, Patch):
-        margin = PATCH_MARGIN if config.margin else 0.0
+        margin = 0.0 if task.settings.reduce_hallucination else PATCH_MARGIN
         config = replace(config, margin=margin, keep_weight=PATCH_KEEP_WEIGHT)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)
