@@ -7,9 +7,8 @@ score, reduce, write. As in an actor, a thread finishes and commits a shard whil
 --shards is finished alone. Start-up (model loading) is excluded from both. The census asks the model for no logits but
 those of the concepts and for no cache; the second row is a plain forward that does without them too.
 
-On a machine that does other work too, CPU time says more, with one core: threads that wait for others count as busy.
-All cores by default; `--cores 1` confines both to one, which is what a census without GPUs gives each of its workers
-where it has as many workers as cores.
+Without a GPU there is a worker per core, with one thread, as in a census; `--workers` says how many. Rates are of all
+workers together. On a machine that does other work too, CPU time says more.
 
 `python -m tests.bench.census captions [--images 48]` compares captions of one image in one row with a row each: the
 demo's scenes with five captions each, as COCO JSON, from encoded images to committed parts, in turns.
@@ -21,13 +20,16 @@ census in this process then takes.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,13 +63,23 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48, help="of the part captions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cores", type=int)
+    cores = [None] if torch.cuda.is_available() else sorted(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=len(cores), help="of the part forward")
     arguments = parser.parse_args()
-    if arguments.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
-        torch.set_num_threads(arguments.cores)
+    if arguments.part == "forward":
+        with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+            show(list(pool.map(partial(run, arguments), cores[: arguments.workers])))
+        return
+    confine(cores[0])
     with tempfile.TemporaryDirectory() as out:
-        {"forward": run, "captions": captions, "plan": plan}[arguments.part](arguments, out)
+        {"captions": captions, "plan": plan}[arguments.part](arguments, out)
+
+
+def confine(core: int | None) -> None:
+    """Give this process one core and one thread, if there is no GPU."""
+    if core is not None:
+        os.sched_setaffinity(0, [core])
+        torch.set_num_threads(1)
 
 
 def plan(arguments: argparse.Namespace, out: str) -> None:
@@ -122,13 +134,32 @@ def captions(arguments: argparse.Namespace, out: str) -> None:
     print(f"a neuron's sum of scores differs by at most {abs(one - other).max() / abs(other).max():.1e} of the highest")
 
 
-def run(arguments: argparse.Namespace, out: str) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """What a worker measured: seconds of wall and of CPU time per round, in the order of NAMES, and memory in GB."""
+
+    samples: int
+    rounds: list[list[tuple[float, float]]]
+    memory: tuple[float, float, float]
+
+
+NAMES = ("plain forward", "forward without logits", "census")
+
+
+def run(arguments: argparse.Namespace, core: int | None) -> Measured:
+    """Measure one worker."""
+    confine(core)
+    with tempfile.TemporaryDirectory() as out:
+        return measured(arguments, out)
+
+
+def measured(arguments: argparse.Namespace, out: str) -> Measured:
     settings = census_settings(
         {"model": arguments.model, "data": arguments.data, "out": out, "batch_size": arguments.batch_size}
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory()
     model = load(settings.model)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = memory()
     source = open_data(settings)
     shards = cut(source.files(), arguments.samples, arguments.samples * arguments.shards).shards
     nouns = noun_source(settings.nouns, source.objects_vocabulary(), source.translations())
@@ -168,18 +199,34 @@ def run(arguments: argparse.Namespace, out: str) -> None:
         forward(model, batch)
 
     timed(plain), census(0)  # warm up
-    rounds = [(timed(plain), census(number), timed(bare)) for number in range(1, arguments.rounds + 1)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rounds = [[timed(plain), timed(bare), census(number)] for number in range(1, arguments.rounds + 1)]
+    return Measured(len(samples), rounds, (before, loaded, memory()))
+
+
+def memory() -> float:
+    """Return the process's peak memory in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def show(workers: list[Measured]) -> None:
+    """Print the rates of all workers together, and their ratios."""
+    samples = sum(one.samples for one in workers)
+    walls, cpus = [], []
+    for rounds in zip(*(one.rounds for one in workers), strict=True):
+        kinds = [list(zip(*each, strict=True)) for each in zip(*rounds, strict=True)]
+        walls.append([sum(one.samples / wall for one, wall in zip(workers, each[0], strict=True)) for each in kinds])
+        cpus.append([samples / sum(each[1]) for each in kinds])
     print(f"{'':26s}{'samples/s':>10s}{'per CPU s':>10s}   census / it (median, range), by wall time and by CPU time")
-    for name, column in (("plain forward", 0), ("forward without logits", 2), ("census", 1)):
+    for kind, name in enumerate(NAMES):
         line = f"{name:26s}"
-        for clock in (0, 1):
-            line += f"{len(samples) / statistics.median(times[column][clock] for times in rounds):10.1f}"
-        for clock in (0, 1):
-            ratios = sorted(times[column][clock] / times[1][clock] for times in rounds)
+        for rates in (walls, cpus):
+            line += f"{statistics.median(row[kind] for row in rates):10.1f}"
+        for rates in (walls, cpus):
+            ratios = sorted(row[-1] / row[kind] for row in rates)
             line += f"   {statistics.median(ratios):.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         print(line)
-    print(f"peak memory {peak / 2**20:.2f} GB; before the model {before / 2**20:.2f}, with it {loaded / 2**20:.2f}")
+    before, loaded, peak = (max(each) for each in zip(*(one.memory for one in workers), strict=True))
+    print(f"{len(workers)} workers; peak memory {peak:.2f} GB; before the model {before:.2f}, with it {loaded:.2f}")
 
 
 if __name__ == "__main__":
