@@ -157,7 +157,8 @@ def rank_concept(
         "selective_rank": selective_scores(scores, merge.total_squares, merge.n),
     }
     # A neuron that is high in one order only is kept too, with its ranks in the others.
-    listed = np.unique(np.concatenate([highest(values, RANKED) for values in orders.values()]))
+    first = {name: highest(values, RANKED) for name, values in orders.items()}
+    listed = np.unique(np.concatenate(list(first.values())))
     rows = listed[np.argsort(-scores.score[listed], kind="stable")]
     neurons, counted = scores.neuron[rows], np.sort(uses.neurons)
     return RankedNeurons(
@@ -178,7 +179,7 @@ def rank_concept(
             "certified_selective": selective_certified(scores, rows, merge),
             "exact": scores.exact[rows],
         },
-        scores.neuron[highest(scores.score, top_k)],
+        scores.neuron[first["rank"][:top_k] if top_k <= RANKED else highest(scores.score, top_k)],
     )
 
 
@@ -237,11 +238,27 @@ def ranks(values: Float64[ndarray, " value"], rows: Int64[ndarray, " row"]) -> I
     """Return the rank from 1, by falling value, of the values in these places; of equal values the first is higher."""
     own = values[rows]
     # None below the lowest of them can be above any.
-    above = np.flatnonzero(values >= own.min(initial=np.inf))
-    order = np.sort(values[above])
-    rank: Int64[ndarray, " row"] = 1 + len(above) - np.searchsorted(order, own, side="right")
-    tied = np.flatnonzero(np.searchsorted(order, own, side="right") - np.searchsorted(order, own, side="left") > 1)
+    above = values[values >= own.min(initial=np.inf)]
+    largest = np.abs(above).max(initial=0)
+    bucket, own_bucket = _buckets(above, largest), _buckets(own, largest)
+    counts = np.bincount(bucket, minlength=1)
+    shared = np.zeros(len(counts), bool)
+    shared[own_bucket] = True
+    # Only values in a bucket with one of the rows need sorting; the others are counted by bucket.
+    order = np.sort(above[shared.take(bucket)])
+    higher = np.cumsum(np.where(shared, 0, counts)[::-1])[::-1]
+    after = np.searchsorted(order, own, side="right")
+    rank: Int64[ndarray, " row"] = 1 + higher[own_bucket] + len(order) - after
+    tied = np.flatnonzero(after - np.searchsorted(order, own, side="left") > 1)
     for value in np.unique(own[tied]):
         here = tied[own[tied] == value]
         rank[here] += np.searchsorted(np.flatnonzero(values == value), rows[here])
     return rank
+
+
+def _buckets(values: Float64[ndarray, " value"], largest: float) -> Int64[ndarray, " value"]:
+    """Return a number from 0 per value, which never falls where values rise: 256 per power of two, from largest/2³²."""
+    # Read as an integer, the bits of a float without its sign rise with it; the first 20 are sign, exponent and 8 more.
+    highest = int(np.float64(largest).view(np.int64) >> 44)
+    steps = np.maximum(0, (np.abs(values).view(np.int64) >> 44) - max(0, highest - 32 * 256))
+    return 32 * 256 + np.where(values < 0, -steps, steps)
