@@ -261,4 +261,4 @@ def _buckets(values: Float64[ndarray, " value"], largest: float) -> Int64[ndarra
     # Read as an integer, the bits of a float without its sign rise with it; the first 20 are sign, exponent and 8 more.
     highest = int(np.float64(largest).view(np.int64) >> 44)
     steps = np.maximum(0, (np.abs(values).view(np.int64) >> 44) - max(0, highest - 32 * 256))
-    return 32 * 256 + np.where(values < 0, -steps, steps)
+    return np.asarray(32 * 256 + np.where(values < 0, -steps, steps))

@@ -85,6 +85,8 @@ BOUNDS = (
     ),
 )
 """Every bound of an edit that changes one thing, in the order of the verdict."""
+TEXT_ONLY = ("text_only_16", "text_only_64", "text_only_kl")
+"""Measures of what an edit does to text-only replies."""
 
 
 def verdict(values: Mapping[str, float | None]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmray.errors import InputError
 from mmray.features.editing.baselines import LowRank, most_active, rank_one, whole_layers
+from mmray.features.editing.bounds import TEXT_ONLY
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, open_edit_dataset
 from mmray.features.editing.deltas import Deltas, Neuron
@@ -188,15 +189,16 @@ def first_try(task: Task) -> Task:
 def next_try(task: Task, tries: Sequence[Try]) -> Task | None:
     """Return the try after these; None if the last one breaks no bound, or nothing is left to try.
 
-    After located neurons come patches. They open later if the last one takes and changes what should stay, and earlier
-    if it does not take. Where neurons can't be rewritten, all located ones are tried instead.
+    More located neurons write a word with less change to other captions: they come next, unless text-only replies have
+    changed already, of which they change more. Then come patches. They open later if the last one takes and changes
+    what should stay, and earlier if it does not take. Where neurons can't be rewritten, there are none.
     """
     last = tries[-1]
     if not task.settings.searches or not last.broken:
         return None
     if last.task.settings.method != "patch":
-        more = len(task.neurons) > last.neurons
-        return patched(task) or (task if more else None)
+        more = task if len(task.neurons) > last.neurons else None
+        return patched(task) or more if set(TEXT_ONLY) & set(last.broken) else more or patched(task)
     following = last.task.share + (-1 if last.takes else 1)
     tried = {one.task.share for one in tries if one.task.settings.method == "patch"}
     # Back at a share that was tried: an edit that takes changes too much, and one that changes less doesn't take.

@@ -31,7 +31,7 @@ class EditSettings(BaseModel):
     method: Method = Field("learned", description=methods_help())
     neurons: int | None = Field(None, ge=1)
     """Most located neurons to edit, in one try. Default: 50 for a swap, which must also write the target, else 30; if a
-    bound is then broken, idle neurons are patched instead."""
+    bound is then broken, more of them, and then idle neurons that are patched."""
     layers: int = Field(1, ge=1)
     """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"

@@ -154,13 +154,13 @@ def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
         # Takes and changes too much: the neurons open later.
         (["text_only_64", "image_locality", "image_locality"], [0.55, 0.8]),
         # Does not take: they open earlier.
-        (["reliability", "reliability", "image_generality"], [0.55, 0.35]),
+        (["text_only_16", "reliability", "image_generality"], [0.55, 0.35]),
         # Between the two there is nothing to try.
         (["text_only_64", "reliability", "image_locality"], [0.55, 0.35]),
         (["text_only_64", "image_locality", "reliability"], [0.55, 0.8]),
     ],
 )
-def test_patches_are_tried_where_located_neurons_break_a_bound(dataset, few_texts, monkeypatch, broken_by_try, shares):
+def test_patches_are_tried_where_located_neurons_change_text(dataset, few_texts, monkeypatch, broken_by_try, shares):
     measures = iter({name: 0.0} if name else {} for name in broken_by_try)
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
@@ -173,6 +173,15 @@ def test_patches_are_tried_where_located_neurons_break_a_bound(dataset, few_text
     monkeypatch.setattr(methods, "validate", lambda *_, **__: {"reliability": 0.0})
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, "neurons": 5, **QUICK})])
     assert [one["neurons"] for one in edit.facts["tries"]] == [5]
+
+
+@pytest.mark.parametrize("measure", ["reliability", "image_locality"])
+def test_more_located_neurons_are_tried_before_patches_if_text_stays(dataset, few_texts, monkeypatch, measure):
+    measures = iter([{measure: 0.0}, {"text_only_64": 0.0}, {}])
+    monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
+    edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
+    assert [one["method"] for one in edit.facts["tries"]] == ["learned", "learned", "patch"]
+    assert [one["neurons"] for one in edit.facts["tries"][:2]] == [30, dataset.model.widths[-1]]
 
 
 def test_where_neurons_can_t_be_rewritten_all_located_ones_are_tried(dataset, few_texts, monkeypatch):
