@@ -85,7 +85,7 @@ BOUNDS = (
     ),
 )
 """Every bound of an edit that changes one thing, in the order of the verdict."""
-TEXT_ONLY = ("text_only_16", "text_only_64", "text_only_kl")
+TEXT_ONLY = frozenset(bound.measure for bound in BOUNDS if (bound.kept, bound.broken) == _TEXT)
 """Measures of what an edit does to text-only replies."""
 
 

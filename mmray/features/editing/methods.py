@@ -198,7 +198,9 @@ def next_try(task: Task, tries: Sequence[Try]) -> Task | None:
         return None
     if last.task.settings.method != "patch":
         more = task if len(task.neurons) > last.neurons else None
-        return patched(task) or more if set(TEXT_ONLY) & set(last.broken) else more or patched(task)
+        if TEXT_ONLY & set(last.broken):
+            return patched(task) or more
+        return more or patched(task)
     following = last.task.share + (-1 if last.takes else 1)
     tried = {one.task.share for one in tries if one.task.settings.method == "patch"}
     # Back at a share that was tried: an edit that takes changes too much, and one that changes less doesn't take.
