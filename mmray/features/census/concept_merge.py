@@ -26,6 +26,10 @@ Bounds = Callable[[Int64[ndarray, " some"]], tuple[Float64[ndarray, " some"], Fl
 """Returns between which bounds the values of some neurons lie, given their rows."""
 
 
+SCREENED = 64
+"""Of so many neurons one is looked at first, to see which ranks are not certain."""
+
+
 @dataclass(frozen=True)
 class ConceptScores:
     """Sums over a concept's n occurrences; all arrays run over the same neurons, in order of their index."""
@@ -66,16 +70,19 @@ class ConceptScores:
         certain = least > left_out
         if not certain.any() or self.exact.all():
             return np.asarray(certain)
-        checked, lowest = certain.nonzero()[0], least[certain].min()
-        # Few neurons reach the lowest of these rows: the others are certainly below all of them.
-        near = np.flatnonzero((self.upper + self.rounding) / divisor >= lowest)
-        low, high = bounds(near)
-        reaching = high >= lowest
-        exact, low, high = self.exact[near[reaching]], low[reaching], high[reaching]
-        partial = _overlapping(least[checked], most[checked], low[~exact], high[~exact])
-        both = partial + _overlapping(least[checked], most[checked], low[exact], high[exact])
-        # A neuron that is not exact overlaps itself.
-        certain[checked] = np.where(self.exact[rows[checked]], partial == 0, both == 1)
+        # A few of the others rule out most rows. Then all are looked at that reach the lowest of the remaining rows:
+        # few do, and the others are certainly below.
+        for step in (SCREENED, 1):
+            checked = np.flatnonzero(certain)
+            lowest = least[checked].min(initial=np.inf)
+            near = np.flatnonzero((self.upper[::step] + self.rounding) / divisor >= lowest) * step
+            low, high = bounds(near)
+            reaching = high >= lowest
+            exact, low, high = self.exact[near[reaching]], low[reaching], high[reaching]
+            partial = _overlapping(least[checked], most[checked], low[~exact], high[~exact])
+            both = partial + _overlapping(least[checked], most[checked], low[exact], high[exact])
+            # A neuron that is not exact overlaps itself.
+            certain[checked] = np.where(self.exact[rows[checked]], partial == 0, both <= 1)
         return np.asarray(certain)
 
 
