@@ -1,11 +1,11 @@
 """Census against a plain forward, side by side: `python -m tests.bench.census [--shards 3] [--rounds 3]`.
 
 Both run the demo model (or --model, --data) over the same samples on the same cores or GPU, in turns, so that a noisy
-machine disturbs both alike. The plain forward is `model(**inputs)` under inference mode, with its inputs prepared in
-memory; the census starts from encoded images and does everything up to the committed parts: decode, tokenise, forward,
-score, reduce, write. As in an actor, a thread finishes and commits a shard while the next one runs; only the last of
---shards is finished alone. Start-up (model loading) is excluded from both. The census asks the model for no logits but
-those of the concepts and for no cache; the second row is a plain forward that does without them too.
+machine disturbs both alike. The plain forward is `model(**inputs)` under inference mode over the census's own batches,
+prepared in memory; the census starts from encoded images and does everything up to the committed parts: decode,
+tokenise, forward, score, reduce, write. As in an actor, a thread finishes and commits a shard while the next one runs;
+only the last of --shards is finished alone. Start-up (model loading) is excluded from both. The census asks the model
+for no logits but those of the concepts and for no cache; the second row is a plain forward that does without them too.
 
 Without a GPU there is a worker per core, with one thread, as in a census; `--workers` says how many. Rates are of all
 workers together. On a machine that does other work too, CPU time says more.
@@ -180,8 +180,9 @@ def measured(arguments: argparse.Namespace, out: str) -> Measured:
                 each.result()
         return time.perf_counter() - began, time.process_time() - busy
 
-    samples = [row for shard in shards for row in read_shard(source, shard) if isinstance(row, Sample)]
-    prepared = [batch for _, batch in ShardAnalysis(model, settings, nouns, 0).encoded(samples)]
+    # The batches of the census: over all shards together they would be sorted better, and padded less.
+    samples = [[row for row in read_shard(source, shard) if isinstance(row, Sample)] for shard in shards]
+    prepared = [batch for own in samples for _, batch in ShardAnalysis(model, settings, nouns, 0).encoded(own)]
 
     def timed(step: Callable[[Batch], object]) -> tuple[float, float]:
         began, busy = time.perf_counter(), time.process_time()
@@ -200,7 +201,7 @@ def measured(arguments: argparse.Namespace, out: str) -> Measured:
 
     timed(plain), census(0)  # warm up
     rounds = [[timed(plain), timed(bare), census(number)] for number in range(1, arguments.rounds + 1)]
-    return Measured(len(samples), rounds, (before, loaded, memory()))
+    return Measured(sum(map(len, samples)), rounds, (before, loaded, memory()))
 
 
 def memory() -> float:
