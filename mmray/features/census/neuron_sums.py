@@ -117,17 +117,17 @@ class Examples:
     def _add(self, neurons: Int64[ndarray, " neuron"], added: tuple[ndarray, ...]) -> None:
         """Add samples to some neurons: activation, position, image, sample id and shard, each [rank, neuron]."""
         held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
-        grown = [np.vstack([old[:, neurons], values]) for old, values in zip(held, added, strict=True)]
-        order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")
-        ranked, image = (np.take_along_axis(values, order, 0) for values in (grown[0], grown[2]))
-        # Of several samples of one image only the highest stays; the others sink below every finite activation.
-        lower = np.stack([(image[:rank] == image[rank]).any(axis=0) for rank in range(len(image))])
-        ranked[lower] = -self.sign * np.inf
-        again = np.argsort(-self.sign * ranked, axis=0, kind="stable")[:EXAMPLES]
-        order = np.take_along_axis(order, again, 0)
+        before, after = [old[:, neurons] for old in held], list(added)
+        # Of two samples of one image only the higher stays, or the earlier: the other sinks below every finite
+        # activation. Neither those held nor those added have two.
+        same = before[2][:, None] == after[2]
+        higher = self.sign * after[0] > self.sign * before[0][:, None]
+        before[0][(same & higher).any(axis=1)] = -self.sign * np.inf
+        after[0][(same & ~higher).any(axis=0)] = -self.sign * np.inf
+        grown = [np.vstack(both) for both in zip(before, after, strict=True)]
+        order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")[:EXAMPLES]
         for old, values in zip(held, grown, strict=True):
             old[:, neurons] = np.take_along_axis(values, order, 0)
-        self.activation[:, neurons] = np.take_along_axis(ranked, again, 0)
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation, 0 if it has none."""
