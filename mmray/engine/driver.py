@@ -112,7 +112,7 @@ def _run_teams(
                 begun.append(with_retries(partial(_begin, job, plan, held)))
         worked = _run_pending(started, executor or executor_for(teams[0][0][0].settings), follow)
         return [
-            [_finish(one, began, executor, worked=any_work) for one in team]
+            [_finish(one, began, executor, follow, worked=any_work) for one in team]
             for team, any_work in zip(started, worked, strict=True)
         ]
 
@@ -206,7 +206,9 @@ def _order(team: Sequence[_StartedJob], done: list[Receipt]) -> tuple[WorkOrder,
     return order, list(groups.values())
 
 
-def _finish(started: _StartedJob, began: float, executor: Executor | None, *, worked: bool) -> JobResult:
+def _finish(
+    started: _StartedJob, began: float, executor: Executor | None, follow: Follow, *, worked: bool
+) -> JobResult:
     """Merge what is committed, unless the tables are up to date, and return the result."""
     job, folder, store = started.job, started.folder, started.target
     while True:
@@ -222,7 +224,7 @@ def _finish(started: _StartedJob, began: float, executor: Executor | None, *, wo
             if not is_published(store, snapshot):
                 publish(started.lease.guard(store), snapshot)
         else:
-            headline = _merge(started, parts, made_from, executor)
+            headline = _merge(started, parts, made_from, executor, follow)
             worked = True
         # A late worker may have committed a quarantined unit during the merge: then merge again.
         if folder.committed() == parts.receipts.keys():
@@ -258,16 +260,24 @@ def _complete(started: _StartedJob) -> Parts:
 
 
 def _merge(
-    started: _StartedJob, parts: Parts, made_from: dict[str, str], executor: Executor | None
+    started: _StartedJob, parts: Parts, made_from: dict[str, str], executor: Executor | None, follow: Follow
 ) -> Mapping[str, Any]:
     """Merge the parts, publish tables and files, and return the headline."""
     job, lease = started.job, started.lease
     if partial_merges := job.partial_merges(started.plan, parts):
         executor = executor or executor_for(partial_merges[0].settings)
+        receipts = parts.receipts.values()
+        size, failures = sum(one.samples for one in receipts), sum(one.failures for one in receipts)
+        quarantined = len(started.plan.units) - len(receipts)
+
+        def tell(name: str, merged: Progress) -> None:
+            step = f"{name}, {merged.done} of {merged.total}"
+            follow(Progress(size, size, failures, quarantined, "merging", step))
+
         # One session for all: to start Ray takes seconds.
         with executor.session():
             for one in partial_merges:
-                done = run(one, executor=executor, lease=lease)
+                done = run(one, executor=executor, follow=partial(tell, one.name), lease=lease)
                 for number, reason in done.quarantined.items():
                     raise InputError(f"{job.root}: the merge failed in {one.name}, unit {number} ({reason}); run again")
     guarded = lease.guard(started.target)

@@ -95,6 +95,8 @@ class Progress:
     failures: int
     quarantined: int
     phase: Phase = "working"
+    step: str = ""
+    """What is merged, and how many of its units are done, where workers merge."""
 
 
 @dataclass(frozen=True)

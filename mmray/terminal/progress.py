@@ -55,7 +55,8 @@ def follow_progress(console: Console, noun: str = "samples") -> Iterator[Callabl
 
         def follow(progress: JobProgress) -> None:
             done, total = progress.done, _total(progress)
-            bar.update(task, completed=done, total=total, failed=progress.failures, phase=progress.phase)
+            phase = " ".join(filter(None, [progress.phase, progress.step]))
+            bar.update(task, completed=done, total=total, failed=progress.failures, phase=phase)
 
         yield follow
 
@@ -72,7 +73,11 @@ def _plain(console: Console, noun: str) -> Callable[[JobProgress], None]:
     def follow(progress: JobProgress) -> None:
         nonlocal last, first, began
         if progress.phase == "merging":
-            return  # the last unit's line has all counts
+            # The last unit's line has all counts.
+            if progress.step and time.monotonic() - last >= PLAIN_EVERY:
+                last = time.monotonic()
+                console.print(f"merging {progress.step}")
+            return
         # A count that falls is the next pass over the data, whose speed is measured anew. The first count may include
         # what earlier calls have done, which says nothing about the speed either.
         if first is None or progress.done < first:

@@ -29,18 +29,28 @@ def test_no_count_is_beyond_the_total(terminal: bool, counts: list[int], total: 
 
 
 def test_a_bar_names_the_phase_and_a_log_repeats_no_line() -> None:
-    phases = [("loading the model", 0), ("working", 2), ("working", 4), ("merging", 4)]
+    phases = [("loading the model", 0, ""), ("working", 2, ""), ("working", 4, ""), ("merging", 4, "rows, 3 of 6")]
     said = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
         with follow_progress(console) as follow:
-            for phase, done in phases:
-                follow(Progress(done, 4, 0, 0, phase))
+            for phase, done, step in phases:
+                follow(Progress(done, 4, 0, 0, phase, step))
                 time.sleep(0.15)  # a bar is drawn ten times per second
         said[terminal] = console.file.getvalue()  # type: ignore[attr-defined]
-    assert said[True].index("loading the model") < said[True].index("samples/s") < said[True].index("merging")
+    assert said[True].index("loading the model") < said[True].index("samples/s")
+    assert said[True].index("samples/s") < said[True].index("merging rows, 3 of 6")
     assert said[False].splitlines() == [said[False].strip()]
     assert said[False].startswith("4 of 4 samples")
+
+
+def test_a_log_says_what_a_long_merge_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    console = Console(file=io.StringIO(), width=100)
+    with follow_progress(console) as follow:
+        for step in ("", "rows, 3 of 6", "sums, 0 of 2"):
+            follow(Progress(4, 4, 0, 0, "merging", step))
+    assert console.file.getvalue().splitlines() == ["merging rows, 3 of 6", "merging sums, 0 of 2"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.engine import Parts
+from mmray.engine import Parts, Progress
 from mmray.errors import InputError
 from mmray.features.census import partial_merge, ranges
 from mmray.features.census.job import CensusJob, run_census
@@ -78,8 +78,15 @@ def check(out: Path, undivided: Run) -> None:
 
 
 def test_ranges_change_no_table(unmerged: Path, settings: dict[str, Any], undivided: Run) -> None:
-    census_here(**settings, out=unmerged)
+    told: list[Progress] = []
+    census_here(**settings, out=unmerged, follow=told.append)
     check(unmerged, undivided)
+    assert all(progress.phase == "merging" and progress.done == progress.total for progress in told)
+    steps = [progress.step for progress in told]
+    names = dict.fromkeys(step.partition(",")[0] for step in steps)
+    assert list(names) == [kind.name for kind in (RowMerge, SumMerge, RankingMerge, NeuronConceptMerge)]
+    units = sum(step.startswith("rows, ") for step in steps) - 2
+    assert steps[: units + 1] == [f"rows, {number} of {units}" for number in range(units + 1)]
     assert census_here(**settings, out=unmerged).already
     job = CensusJob(census_settings(settings | {"out": str(unmerged)}))
     committed = open_run(unmerged).folder
