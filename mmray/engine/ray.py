@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -107,13 +108,13 @@ class _Actor:
         gc.disable()
         unpickled: WorkOrder = cloudpickle.loads(order)
         gc.enable()
-        import torch
-
         # Workers start in a folder of Ray's, but relative paths are relative to the driver's folder.
         if Path(home).is_dir():
             os.chdir(home)
-        # The pool's share of cores; Ray itself only knows what it reserves for the actor.
-        torch.set_num_threads(threads)
+        # The pool's share of cores; Ray itself only knows what it reserves for the actor. A job without a model has no
+        # torch, whose import takes seconds.
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.runner = UnitRunner(unpickled, _RayNode())
 

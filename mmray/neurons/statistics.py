@@ -16,13 +16,11 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from mmray.models.prompting import Path, TokenSpan, row_count
-from mmray.neurons.tables import STATISTICS
+from mmray.neurons.tables import EXAMPLES, STATISTICS
 from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
 
 NO_IMAGE = torch.iinfo(torch.int64).min
 """An image number that no sample has."""
-EXAMPLES = 5
-"""Highest and lowest samples kept per neuron, each of another image."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ import pyarrow as pa
 
 from mmray.runs.tables import field
 
+EXAMPLES = 5
+"""Highest and lowest samples kept per neuron, each of another image."""
+
 STATISTICS: dict[str, pa.Schema] = {
     # One row per label and modality.
     "activity": pa.schema(

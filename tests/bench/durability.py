@@ -29,9 +29,8 @@ import pyarrow as pa
 
 from mmray.engine import Output, Parts, Plan
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
-from mmray.features.census.reduction import SUMS
 from mmray.features.census.settings import census_settings
-from mmray.features.census.tables import PARTS, TABLES
+from mmray.features.census.tables import PARTS, SUMS, TABLES
 from mmray.neuron_names import PLAIN
 from mmray.neurons.concepts import NounSource
 from mmray.runs import RunFolder

@@ -23,11 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -38,27 +36,27 @@ from mmray.engine import Executor, Output, Parts, Plan, executor_for
 from mmray.engine import run as run_job
 from mmray.features.census import partial_merge
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
-from mmray.features.census.partial_merge import MergeContext, PartialMerge
-from mmray.features.census.ranges import cut_parts, neuron_ranges, pieces_of
+from mmray.features.census.partial_merge import PartialMerge
+from mmray.features.census.ranges import cut_parts, neuron_ranges
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neuron_names import PLAIN
 from mmray.neurons.concepts import NounSource
-from mmray.runs import Receipt, RunFolder
-from mmray.runs.pieces import whole_name
+from mmray.runs import RunFolder
 from mmray.runs.snapshots import SnapshotWriter, publish_tables
 from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
+from tests.bench import repeated
 from tests.bench.durability import base_memory, peak_memory
+from tests.bench.repeated import TIMES, Repeated, RepeatedContext, Timed
 from tests.bench.writing import markdown, write
 
 WIDTHS = (11_008,) * 32
 NEURONS = sum(WIDTHS)
 KEPT = candidates_kept(None, NEURONS)
-DRAWN, SAMPLES, CONCEPTS, LISTED = 2, 256, 600, 20
-"""Shards that are drawn; samples and concepts of each; neurons listed per occurrence."""
-VOCABULARY = 20_000
+DRAWN, SAMPLES, LISTED = 2, 256, 20
+"""Shards that are drawn; samples of each; neurons listed per occurrence."""
 EXTREMES = 5
 
 
@@ -180,39 +178,6 @@ def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> 
     print(json.dumps(rows))
 
 
-TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard
-"""File with CPU seconds and peak memory of every unit, the worker's start counted with its first."""
-
-
-class Timed:
-    """A partial merge that notes what its units cost, without what makes shards look different."""
-
-    def merger(self, context: RepeatedContext) -> Any:
-        place, last = Path(self.place, TIMES), time.process_time()  # type: ignore[attr-defined]
-        Repeated.spent = 0.0
-
-        def commit(*work: Any, **more: Any) -> Receipt:
-            nonlocal last
-            receipt = COMMIT(*work, **more)
-            now = time.process_time() - Repeated.spent
-            with place.open("a") as file:
-                file.write(json.dumps([now - last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]) + "\n")
-            last = now
-            return receipt
-
-        RunFolder.commit_shard = commit  # type: ignore[method-assign]
-        return super().merger(context)  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class RepeatedContext(MergeContext):
-    """Reads the drawn shards over and over."""
-
-    def parts(self) -> Parts:
-        folder = Repeated(Path(self.run).parent, len(self.shards))
-        return Parts(folder, folder.receipts(), PARTS)
-
-
 def read(uri: str, *arguments: str) -> dict[str, str]:
     """Return what one command costs in a new process."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -248,90 +213,6 @@ class TimedParts(Parts):
         self.ended.append(time.process_time())
 
 
-class Repeated(RunFolder):
-    """A run of so many shards that reads the drawn ones over and over, each time with other concepts and samples."""
-
-    spent: ClassVar[float] = 0.0
-    """CPU seconds that this process spent on making one shard look like another; the merge is not charged for them."""
-    lock: ClassVar[Lock] = Lock()
-
-    def __init__(self, out: Path, count: int) -> None:
-        super().__init__(LocalStore(out / "drawn"))
-        self.count = count
-        self._drawn = super().receipts()
-
-    def receipts(self) -> dict[int, Receipt]:
-        return {number: self._receipt(number) for number in range(self.count)}
-
-    def _receipt(self, number: int) -> Receipt:
-        drawn, names = self._drawn[number % len(self._drawn)], concepts_of(number)
-        places = {part: self._rows(drawn, part) for part in pieces_of(drawn, "concepts")}
-        bounds = {part: {"concept": [names[rows.start], names[rows.stop - 1]]} for part, rows in places.items()}
-        return replace(drawn, shard_id=number, bounds=bounds)
-
-    def _rows(self, drawn: Receipt, name: str) -> slice:
-        """Return which rows of a part are in a piece."""
-        assert drawn.checksums is not None
-        before = pieces_of(drawn, whole_name(name))
-        rows = [drawn.checksums[part].rows or 0 for part in before[: before.index(name) + 1]]
-        return slice(sum(rows[:-1]), sum(rows))
-
-    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
-        drawn = self._drawn[receipt.shard_id % len(self._drawn)]
-        table = super().read_part(drawn, name)
-        began = time.thread_time()
-        table = self._renamed(table, receipt.shard_id, name, self._rows(drawn, name))
-        with self.lock:
-            Repeated.spent += time.thread_time() - began
-        return table
-
-    def _renamed(self, table: pa.Table, number: int, name: str, rows: slice) -> pa.Table:
-        """Return a part of a drawn shard, or a piece with these rows, as that of a shard with this number."""
-        if name == "captions":
-            ids = pa.array([f"{number:06d}-{row:04d}-0123456789abcdef" for row in range(len(table))])
-            digests = pa.array([f"{number:08x}{row // 5:08x}" for row in range(len(table))])
-            table = _with(table, sample_id=ids, image=digests)
-            return _with(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
-        if whole_name(name) == "concepts":
-            return _with(table, concept=pa.array(concepts_of(number)[rows]))
-        if name == "occurrences":
-            names = np.array(concepts_of(number), object)[table["token_id"].to_numpy()]
-            ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
-            return _with(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
-        if whole_name(name) == "examples":
-            column = table["activation"].combine_chunks()
-            values = column.flatten().to_numpy().reshape(len(table), -1)
-            # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
-            scales = np.random.default_rng([number, int(name.partition(".")[2] or 0)]).gamma(
-                9.0, 1 / 9, values.shape[1]
-            )
-            return _with(table, activation=list_column(values * scales.astype(np.float32), column.type))
-        return table
-
-
-def _with(table: pa.Table, **columns: pa.Array) -> pa.Table:
-    for name, column in columns.items():
-        table = table.set_column(table.schema.get_field_index(name), name, column)
-    return table
-
-
-@cache
-def _nouns() -> tuple[np.ndarray, np.ndarray]:
-    """Return the vocabulary and how likely each noun is."""
-    letters = np.random.default_rng(7).integers(97, 123, (VOCABULARY, 9), np.uint8)
-    names = np.array(sorted({bytes(row).decode() for row in letters}), object)
-    chances = 1 / (np.random.default_rng(8).permutation(len(names)) + 20.0)
-    return names, np.log(chances)
-
-
-@cache
-def concepts_of(number: int) -> list[str]:
-    """Return the concepts of a shard, in order: drawn without replacement."""
-    names, chances = _nouns()
-    noise = np.random.default_rng(number).gumbel(size=len(names))
-    return sorted(names[np.argpartition(-(chances + noise), CONCEPTS)[:CONCEPTS]].tolist())
-
-
 def draw(out: Path) -> None:
     """Commit the drawn shards, and the decoding of the neurons."""
     random = np.random.default_rng(0)
@@ -353,7 +234,7 @@ def draw(out: Path) -> None:
 
 def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, pa.Table]:
     """Return the parts of a shard: many concepts occur once, and few often."""
-    counts = np.minimum(random.zipf(1.9, CONCEPTS), 50)
+    counts = np.minimum(random.zipf(1.9, repeated.CONCEPTS), 50)
     kept, scores, lowest = [], [], []
     leading = np.argsort(-common)[: KEPT // 2]
     for count in counts:
@@ -364,7 +245,7 @@ def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, p
         scores.append(values)
         lowest.append((values.min(), -values.max()))
     score, schema = np.stack(scores), PARTS["concepts"]
-    names = pa.array([f"{number:04d}" for number in range(CONCEPTS)])
+    names = pa.array([f"{number:04d}" for number in range(repeated.CONCEPTS)])
     bounds = np.array(lowest)
     index = list_column(np.stack(kept), schema.field("neuron").type)
     concepts = [
@@ -377,7 +258,7 @@ def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, p
         list_column((score**2 / counts[:, None])[counts > 1], schema.field("score_squares").type, counts > 1),
         list_column(random.normal(size=score.shape), schema.field("activation").type),
     ]
-    rows = np.repeat(np.arange(CONCEPTS), counts)
+    rows = np.repeat(np.arange(repeated.CONCEPTS), counts)
     listed = random.integers(0, NEURONS, len(rows) * LISTED)
     entries = pa.StructArray.from_arrays(
         [

@@ -12,9 +12,9 @@ from mmray.runs import RunFolder
 from mmray.runs.run import open_run
 from mmray.runs.tables import read_table
 from mmray.storage import LocalStore
-from tests.bench import merge
+from tests.bench import merge, repeated
 
-SMALL = {"WIDTHS": (512, 512), "NEURONS": 1024, "KEPT": 256, "SAMPLES": 16, "CONCEPTS": 20}
+SMALL = {"WIDTHS": (512, 512), "NEURONS": 1024, "KEPT": 256, "SAMPLES": 16}
 
 
 def test_drawn_shards_become_a_run(
@@ -22,6 +22,7 @@ def test_drawn_shards_become_a_run(
 ) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(merge, name, value)
+    monkeypatch.setattr(repeated, "CONCEPTS", 20)
     merge.draw(tmp_path)
     merge.merge(tmp_path, 3)
     (told,) = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -36,6 +37,7 @@ def test_ranges_make_the_same_tables(
 ) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(merge, name, value)
+    monkeypatch.setattr(repeated, "CONCEPTS", 20)
     for name, value in {"NEURONS": 300, "PIECE": 40_000}.items():
         monkeypatch.setattr(ranges, name, value)
     monkeypatch.setattr(RunFolder, "commit_shard", RunFolder.commit_shard)

@@ -14,7 +14,8 @@ from mmray.data.samples import Sample
 from mmray.models.capture import capture_activations
 from mmray.models.prompting import Path, TokenSpan
 from mmray.neurons import token_sums
-from mmray.neurons.statistics import EXAMPLES, TokenStatistics
+from mmray.neurons.statistics import TokenStatistics
+from mmray.neurons.tables import EXAMPLES
 from mmray.neurons.token_sums import MODALITIES, reduce_tokens, token_spans
 from mmray.runs.tables import from_bytes, to_bytes
 from tests.support.samples import CAPTIONS, analyse, batch_of, sample, samples

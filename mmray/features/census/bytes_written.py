@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mmray.features.census.cost import PartBytes
 from mmray.features.census.ranking import RANKED
-from mmray.neurons.statistics import EXAMPLES
+from mmray.neurons.tables import EXAMPLES
 from mmray.runs.tables import part_to_bytes
 
 # Bytes below are of compressed columns, measured in a run of the demo.

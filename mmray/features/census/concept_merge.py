@@ -17,9 +17,8 @@ import pyarrow as pa
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from mmray.features.census.reduction import SUMS
 from mmray.features.census.spill import Spill
-from mmray.features.census.tables import PARTS
+from mmray.features.census.tables import PARTS, SUMS
 from mmray.runs.tables import list_values, vectors
 
 Bounds = Callable[[Int64[ndarray, " some"]], tuple[Float64[ndarray, " some"], Float64[ndarray, " some"]]]

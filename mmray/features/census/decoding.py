@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from jaxtyping import Float
-from numpy import ndarray
 from torch import Tensor, nn
 
 from mmray.features.census.tables import PARTS
@@ -49,19 +44,6 @@ def decode_neurons(model: LoadedModel, *, fold_norm: bool) -> pa.Table:
                 extreme = logits.topk(min(DECODED, logits.shape[1]), dim=1, largest=largest).indices
                 columns[name].extend([texts[token] for token in row] for row in extreme.tolist())
     return pa.table(columns, schema=PARTS["decoded"])
-
-
-def written_tokens(
-    decoded: pa.Table, neurons: Sequence[int] | ndarray, activations: Sequence[float] | ndarray
-) -> pa.Array:
-    """Return the ten tokens that each neuron writes at this activation: below zero, those that its row suppresses.
-
-    `decoded` has one row per neuron over all layers in order, with its `tokens` and `suppressed`.
-    """
-    rows = decoded.select(["tokens", "suppressed"]).take(pa.array(neurons, pa.int64())).combine_chunks()
-    # A neuron adds activation × row to the residual stream, so a negative activation flips the row's sign.
-    negative = pa.array(np.asarray(activations, np.float64) < 0)
-    return pc.if_else(negative, *(rows[name].combine_chunks() for name in ("suppressed", "tokens")))
 
 
 def _normed(norm: nn.Module, directions: Float[Tensor, "neuron hidden"]) -> Float[Tensor, "neuron hidden"]:

@@ -21,7 +21,7 @@ from mmray.models.prompting import POSITIONS
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.language_id import language_code, language_name
 from mmray.neurons.scores import SCORES
-from mmray.neurons.statistics import EXAMPLES
+from mmray.neurons.tables import EXAMPLES
 from mmray.neurons.token_sums import COPIED
 
 ROWS_READ = 64

@@ -14,7 +14,7 @@ from numpy import ndarray
 from mmray.features.census.activity import KEY, LISTS, ActivityKey, activity_lists
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
-from mmray.neurons.statistics import EXAMPLES
+from mmray.neurons.tables import EXAMPLES
 from mmray.runs.tables import list_values
 
 BLOCK = 1 << 15

@@ -12,8 +12,8 @@ from jaxtyping import Float64, Int64, Shaped
 from numpy import ndarray
 
 from mmray.features.census.concept_merge import ConceptMerge, ConceptScores
-from mmray.features.census.decoding import written_tokens
 from mmray.features.census.tables import TABLES
+from mmray.features.census.written_tokens import written_tokens
 from mmray.neuron_names import PLAIN, NeuronNames
 
 RANKED = 256

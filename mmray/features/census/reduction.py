@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmray.engine.clock import phase
 from mmray.features.census.overflow import Overflow
-from mmray.features.census.tables import PARTS
+from mmray.features.census.tables import PARTS, SUMS
 from mmray.features.census.top import top
 from mmray.runs.tables import list_column
 
@@ -28,13 +28,6 @@ ALL_KEPT = 16_384
 """Models of at most so many neurons keep all of them, and every rank is certified."""
 KEPT_OF_MORE = 2_048
 """Neurons that a shard keeps per concept for larger models."""
-
-SUMS: dict[str, type[np.float64 | np.float32]] = {
-    "score": np.float64,
-    "score_squares": np.float64,
-    "activation": np.float32,
-}
-"""Columns of sums over a concept's occurrences, in order of accumulation, with their type in a committed part."""
 
 SUMS_MEMORY = 384 << 20
 """Bytes of sums that a shard holds in memory; on a GPU at least."""

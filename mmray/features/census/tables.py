@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 
 from mmray.neurons.tables import STATISTICS
@@ -174,3 +175,10 @@ PARTS: dict[str, pa.Schema] = {
     "decoded": pa.schema([field("tokens", pa.list_(pa.string())), field("suppressed", pa.list_(pa.string()))]),
 }
 """Parts that one unit of work commits; the merge adds them up."""
+
+SUMS: dict[str, type[np.float64 | np.float32]] = {
+    "score": np.float64,
+    "score_squares": np.float64,
+    "activation": np.float32,
+}
+"""Columns of sums over a concept's occurrences, in order of accumulation, with their type in a committed part."""

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmray.data.samples import Failure, Sample
-from mmray.features.census.decoding import written_tokens
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.shard import Captioned, ShardAnalysis
+from mmray.features.census.written_tokens import written_tokens
 from mmray.models.blocks import BlockRecorder, permuted_image
 from mmray.models.pixels import BUDGET
 from mmray.models.prompting import Batch

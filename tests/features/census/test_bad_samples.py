@@ -10,7 +10,7 @@ from PIL import Image
 from mmray.data import images
 from mmray.data.samples import Failure
 from mmray.features.census import shard
-from mmray.features.census.reduction import SUMS
+from mmray.features.census.tables import SUMS
 from mmray.models import generation
 from mmray.neurons import scoring
 from mmray.neurons.concepts import NounSource

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mmray.features.census import decoding
-from mmray.features.census.decoding import DECODED, decode_neurons, written_tokens
+from mmray.features.census.decoding import DECODED, decode_neurons
 from mmray.features.census.merging import RunMerge
 from mmray.features.census.tables import PARTS
+from mmray.features.census.written_tokens import written_tokens
 from mmray.models.generation import token_text
 from mmray.models.loading import load
 from mmray.models.parts import output_rows, unembedding_rows

@@ -16,7 +16,7 @@ from mmray.features.census.merging import RunMerge
 from mmray.features.census.neuron_sums import Examples, Samples
 from mmray.features.census.ranking import locate_index
 from mmray.features.census.tables import PARTS, TABLES
-from mmray.neurons.statistics import EXAMPLES
+from mmray.neurons.tables import EXAMPLES
 from tests.support.samples import CAPTIONS, analyse, merged, picture, png, sample, samples
 
 TOP = 4

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mmray.engine import Parts, Progress
 from mmray.errors import InputError
 from mmray.features.census import partial_merge, ranges
 from mmray.features.census.job import CensusJob, run_census
-from mmray.features.census.partial_merge import NeuronConceptMerge, RankingMerge, RowMerge, SumMerge
+from mmray.features.census.partial_merge import NeuronConceptMerge, PartialMerge, RankingMerge, RowMerge, SumMerge
 from mmray.features.census.refresh import refresh_run
 from mmray.features.census.settings import census_settings
 from mmray.runs import folder
@@ -196,3 +198,9 @@ def test_actors_and_their_deaths_change_nothing(
     run_census(census_settings(settings | {"out": str(unmerged), "workers": workers}))
     assert (unmerged / "died").exists()
     check(unmerged, undivided)
+
+
+def test_workers_of_a_merge_load_no_torch() -> None:
+    code = f"import sys, {PartialMerge.__module__}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["set()"]

@@ -30,11 +30,11 @@ from mmray.features.census.ranking import (
 from mmray.features.census.reduction import (
     ALL_KEPT,
     KEPT_OF_MORE,
-    SUMS,
     ConceptSums,
     candidates_kept,
     highest,
 )
+from mmray.features.census.tables import SUMS
 from mmray.runs.tables import from_bytes, to_bytes
 from tests.support.stores import FullFile
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmray.features.census import shard
-from mmray.features.census.reduction import SUMS
+from mmray.features.census.tables import SUMS
 from mmray.neurons import row_sharing, scoring
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.row_sharing import RowSharing

@@ -1,0 +1,145 @@
+"""The run of `merge`: a few shards, read over and over. Workers import this and no more, as those of a merge do."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from mmray.engine import Parts
+from mmray.features.census.partial_merge import MergeContext
+from mmray.features.census.ranges import pieces_of
+from mmray.features.census.tables import PARTS
+from mmray.runs import Receipt, RunFolder
+from mmray.runs.pieces import whole_name
+from mmray.runs.tables import list_column
+from mmray.storage import LocalStore
+
+CONCEPTS = 600
+"""Of a shard."""
+VOCABULARY = 20_000
+
+
+class Repeated(RunFolder):
+    """A run of so many shards that reads the drawn ones over and over, each time with other concepts and samples."""
+
+    spent: ClassVar[float] = 0.0
+    """CPU seconds that this process spent on making one shard look like another; the merge is not charged for them."""
+    lock: ClassVar[Lock] = Lock()
+
+    def __init__(self, out: Path, count: int) -> None:
+        super().__init__(LocalStore(out / "drawn"))
+        self.count = count
+        self._drawn = super().receipts()
+
+    def receipts(self) -> dict[int, Receipt]:
+        return {number: self._receipt(number) for number in range(self.count)}
+
+    def _receipt(self, number: int) -> Receipt:
+        drawn, names = self._drawn[number % len(self._drawn)], concepts_of(number)
+        places = {part: self._rows(drawn, part) for part in pieces_of(drawn, "concepts")}
+        bounds = {part: {"concept": [names[rows.start], names[rows.stop - 1]]} for part, rows in places.items()}
+        return replace(drawn, shard_id=number, bounds=bounds)
+
+    def _rows(self, drawn: Receipt, name: str) -> slice:
+        """Return which rows of a part are in a piece."""
+        assert drawn.checksums is not None
+        before = pieces_of(drawn, whole_name(name))
+        rows = [drawn.checksums[part].rows or 0 for part in before[: before.index(name) + 1]]
+        return slice(sum(rows[:-1]), sum(rows))
+
+    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+        drawn = self._drawn[receipt.shard_id % len(self._drawn)]
+        table = super().read_part(drawn, name)
+        began = time.thread_time()
+        table = self._renamed(table, receipt.shard_id, name, self._rows(drawn, name))
+        with self.lock:
+            Repeated.spent += time.thread_time() - began
+        return table
+
+    def _renamed(self, table: pa.Table, number: int, name: str, rows: slice) -> pa.Table:
+        """Return a part of a drawn shard, or a piece with these rows, as that of a shard with this number."""
+        if name == "captions":
+            ids = pa.array([f"{number:06d}-{row:04d}-0123456789abcdef" for row in range(len(table))])
+            digests = pa.array([f"{number:08x}{row // 5:08x}" for row in range(len(table))])
+            table = with_columns(table, sample_id=ids, image=digests)
+            return with_columns(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
+        if whole_name(name) == "concepts":
+            return with_columns(table, concept=pa.array(concepts_of(number)[rows]))
+        if name == "occurrences":
+            names = np.array(concepts_of(number), object)[table["token_id"].to_numpy()]
+            ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
+            return with_columns(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
+        if whole_name(name) == "examples":
+            column = table["activation"].combine_chunks()
+            values = column.flatten().to_numpy().reshape(len(table), -1)
+            # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
+            scales = np.random.default_rng([number, int(name.partition(".")[2] or 0)]).gamma(
+                9.0, 1 / 9, values.shape[1]
+            )
+            return with_columns(table, activation=list_column(values * scales.astype(np.float32), column.type))
+        return table
+
+
+def with_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, column in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
+
+
+@cache
+def _nouns() -> tuple[np.ndarray, np.ndarray]:
+    """Return the vocabulary and how likely each noun is."""
+    letters = np.random.default_rng(7).integers(97, 123, (VOCABULARY, 9), np.uint8)
+    names = np.array(sorted({bytes(row).decode() for row in letters}), object)
+    chances = 1 / (np.random.default_rng(8).permutation(len(names)) + 20.0)
+    return names, np.log(chances)
+
+
+@cache
+def concepts_of(number: int) -> list[str]:
+    """Return the concepts of a shard, in order: drawn without replacement."""
+    names, chances = _nouns()
+    noise = np.random.default_rng(number).gumbel(size=len(names))
+    return sorted(names[np.argpartition(-(chances + noise), CONCEPTS)[:CONCEPTS]].tolist())
+
+
+TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard
+"""File with CPU seconds and peak memory of every unit, the worker's start counted with its first."""
+
+
+class Timed:
+    """A partial merge that notes what its units cost, without what makes shards look different."""
+
+    def merger(self, context: RepeatedContext) -> Any:
+        place, last = Path(self.place, TIMES), 0.0  # type: ignore[attr-defined]
+        Repeated.spent = 0.0
+
+        def commit(*work: Any, **more: Any) -> Receipt:
+            nonlocal last
+            receipt = COMMIT(*work, **more)
+            now = time.process_time() - Repeated.spent
+            with place.open("a") as file:
+                file.write(json.dumps([now - last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]) + "\n")
+            last = now
+            return receipt
+
+        RunFolder.commit_shard = commit  # type: ignore[method-assign]
+        return super().merger(context)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class RepeatedContext(MergeContext):
+    """Reads the drawn shards over and over."""
+
+    def parts(self) -> Parts:
+        folder = Repeated(Path(self.run).parent, len(self.shards))
+        return Parts(folder, folder.receipts(), PARTS)
