@@ -119,8 +119,10 @@ class Examples:
         held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
         before, after = [old[:, neurons] for old in held], list(added)
         # Of two samples of one image only the higher stays, or the earlier: the other sinks below every finite
-        # activation. Neither those held nor those added have two.
-        same = before[2][:, None] == after[2]
+        # activation. Those held have no two; those added do if samples without an image share an id.
+        image = after[2]
+        after[0][np.stack([(image[:rank] == own).any(axis=0) for rank, own in enumerate(image)])] = -self.sign * np.inf
+        same = before[2][:, None] == image
         higher = self.sign * after[0] > self.sign * before[0][:, None]
         before[0][(same & higher).any(axis=1)] = -self.sign * np.inf
         after[0][(same & ~higher).any(axis=0)] = -self.sign * np.inf

@@ -233,6 +233,21 @@ def test_examples_are_of_different_images_however_shards_are_cut(seen, cuts, sig
         assert [both[neuron] for _, *both in named] == found.tolist()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_texts_that_share_an_id_are_one_example(sign):
+    # A shard counts them apart, because they have no image; the merge knows them by their id.
+    captions = Samples(
+        np.array(["a", "b", "a", "c", "b"], object), np.array([1, 2, 1, 3, 2], np.uint64), np.zeros(5, int)
+    )
+    examples = Examples(sign, 1)
+    for activations in ([6, 5, 4, 3, 2], [9, 8, 7, 1, 0]):
+        kept = sign * np.array(activations, np.float32)[:, None]
+        examples.add(kept, np.arange(5)[:, None], np.zeros((5, 1), np.int32), captions)
+    assert (sign * examples.activation[:3, 0]).tolist() == [9, 8, 3]
+    assert not np.isfinite(examples.activation[3:]).any()
+    assert examples.sample_id[:3, 0].tolist() == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("cuts", [(12,), (3, 12), (1, 2, 7, 8, 12)])
 def test_captions_of_one_image_are_one_example(open_model, cuts):
     model, found = open_model("llava"), of_few_images()
