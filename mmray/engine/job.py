@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pyarrow as pa
 from mmray.engine.settings import JobSettings
 from mmray.runs import Receipt, RunFolder
 from mmray.runs.pieces import whole_name
-from mmray.runs.snapshots import SnapshotWriter
+from mmray.runs.snapshots import SnapshotWriter, WrittenFile
 
 S = TypeVar("S", bound=JobSettings)
 P = TypeVar("P")
@@ -132,8 +134,12 @@ class Parts:
             pieces = [part for part in receipt.parts or {} if whole_name(part) == name]
             yield self.folder.read_part(receipt, pieces[number % len(pieces)])
 
-    def by_unit(self, names: Collection[str] | Callable[[Receipt], Collection[str]]) -> Iterator[dict[str, pa.Table]]:
-        """Yield the named parts of every unit, prefetching those of the next few units."""
+    def by_unit(
+        self,
+        names: Collection[str] | Callable[[Receipt], Collection[str]],
+        columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> Iterator[dict[str, pa.Table]]:
+        """Yield the named parts of every unit, of some only these `columns`; prefetches those of the next few units."""
         of = names if callable(names) else lambda _: names
         known = ((one.checksums or {}, of(one)) for one in self.receipts.values())
         sizes = (files[name].size for files, names in known for name in names if name in files)
@@ -142,7 +148,9 @@ class Parts:
         with ThreadPoolExecutor(READERS if ahead > 1 else FEW_READERS) as pool:
             waiting: deque[dict[str, Future[pa.Table]]] = deque()
             for receipt in self.receipts.values():
-                waiting.append({name: pool.submit(self.folder.read_part, receipt, name) for name in of(receipt)})
+                waiting.append(
+                    {name: pool.submit(self.folder.read_part, receipt, name, columns.get(name)) for name in of(receipt)}
+                )
                 # Bounded, because parts of all units together may not fit into memory.
                 if len(waiting) > ahead:
                     yield {name: part.result() for name, part in waiting.popleft().items()}
@@ -161,10 +169,17 @@ class Output:
         """Append rows to a table. Tables that are never appended to keep their earlier version."""
         self.snapshot.add(name, rows)
 
-    def table_file(self, name: str, parts: Parts, receipt: Receipt, part: str) -> None:
-        """Append to a table, as it is, the file that is this part of a unit; see `Job.partial_merges`."""
-        rows = (receipt.checksums or {})[part].rows or 0
-        self.snapshot.add_file(name, parts.folder.read_file(receipt, part), rows, receipt.bounds.get(part, {}))
+    def table_files(self, name: str, files: Iterable[tuple[Parts, Receipt, str]]) -> None:
+        """Append to a table, as they are, files that are parts of units; see `Job.partial_merges`."""
+        written = [
+            WrittenFile(
+                partial(parts.folder.read_file, receipt, part),
+                (receipt.checksums or {})[part],
+                receipt.bounds.get(part, {}),
+            )
+            for parts, receipt, part in files
+        ]
+        self.snapshot.add_files(name, written)
 
     def file(self, key: str, data: bytes) -> None:
         """Write a file into the target, replacing an earlier one."""

@@ -357,10 +357,13 @@ class RunFolder:
         if data is not None and self._began not in ("", str(json.loads(data).get("fingerprint"))):
             raise InputError(f"{self.store.uri}: another run has been begun here; leave it to that one")
 
-    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
-        """Return one part of a committed shard; raises DamagedUnitError if it is not what was committed."""
+    def read_part(self, receipt: Receipt, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return one part of a committed shard, or these columns, in the part's order, as far as it has them.
+
+        Raises DamagedUnitError if it is not what was committed.
+        """
         with self._naming_damage(receipt, name) as key:
-            return from_bytes(self._checked_part(receipt, name, key))
+            return from_bytes(self._checked_part(receipt, name, key), columns)
 
     def read_file(self, receipt: Receipt, name: str) -> bytes:
         """Return the file of a part; raises DamagedUnitError if it is not what was committed."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ KEPT = 3
 """Snapshots of a job that are kept: the newest, one that readers may still use, and one to compare with."""
 FILE_BYTES = 32 << 20
 """Bytes in memory at which a table starts a further file; bounds what a writer holds."""
+COPIED_AT_ONCE = 4
+"""Files that are copied in parallel, each held in memory."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,17 @@ class TableFile:
     checksum: Checksum
     bounds: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Lowest and highest value of each column by which the table is ordered."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that becomes one of a table, as it is."""
+
+    read: Callable[[], bytes]
+    """Raises DamagedError if it isn't what was written."""
+    checksum: Checksum
+    bounds: Mapping[str, Sequence[Any]]
+    """As in `TableFile`."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +186,9 @@ class SnapshotWriter:
         """Append rows to a table."""
         self._writer(name).add(part)
 
-    def add_file(self, name: str, data: bytes, rows: int, bounds: Mapping[str, Sequence[Any]]) -> None:
-        """Append a file of so many rows to a table, whose other rows come in files, too; `bounds` as in `TableFile`."""
-        self._writer(name).write(data, rows, bounds)
+    def add_files(self, name: str, files: Sequence[WrittenFile]) -> None:
+        """Append files to a table, as they are, whose other rows come in files, too."""
+        self._writer(name).copy(files)
 
     def _writer(self, name: str) -> _TableWriter:
         return self.tables.setdefault(name, _TableWriter(self.store, f"snapshots/{self.job}/{self.number}/{name}"))
@@ -223,14 +237,20 @@ class _TableWriter:
             self._write(self._cutter.rest())
         return self.files
 
-    def write(self, data: bytes, rows: int, bounds: Mapping[str, Sequence[Any]]) -> None:
-        """Append a file."""
-        key = f"{self.folder}/{len(self.files):05d}.parquet"
-        self.store.put(key, data)
-        self.files.append(TableFile(key, Checksum.of(data, rows), bounds))
+    def copy(self, files: Sequence[WrittenFile]) -> None:
+        """Append files."""
+        keys = [self._key(number) for number in range(len(self.files), len(self.files) + len(files))]
+        with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+            list(pool.map(lambda key, file: self.store.put(key, file.read()), keys, files))
+        self.files += [TableFile(key, file.checksum, file.bounds) for key, file in zip(keys, files, strict=True)]
 
     def _write(self, table: pa.Table) -> None:
-        self.write(to_bytes(table), len(table), bounds_of(table))
+        key, data = self._key(len(self.files)), to_bytes(table)
+        self.store.put(key, data)
+        self.files.append(TableFile(key, Checksum.of(data, len(table)), bounds_of(table)))
+
+    def _key(self, number: int) -> str:
+        return f"{self.folder}/{number:05d}.parquet"
 
 
 def publish_tables(store: Store, snapshot: Snapshot) -> None:
@@ -238,6 +258,10 @@ def publish_tables(store: Store, snapshot: Snapshot) -> None:
 
     A table of several files becomes a folder of that name.
     """
+
+    def copy(file: TableFile, target: str) -> None:
+        store.put(target, store.read(file.key))
+
     for name, files in snapshot.tables.items():
         path = f"tables/{name}.parquet"
         stale = {entry.key for entry in store.list(path)}
@@ -246,8 +270,8 @@ def publish_tables(store: Store, snapshot: Snapshot) -> None:
         targets = [f"{path}/{number:05d}.parquet" if folder else path for number in range(len(files))]
         if folder:
             store.delete(path)
-        for file, target in zip(files, targets, strict=True):
-            store.put(target, store.read(file.key))
+        with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+            list(pool.map(copy, files, targets))
         for key in stale - {*targets, path}:
             store.delete(key)
     _prune(store, snapshot.job, _order(snapshot.number)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -103,8 +104,11 @@ def _rises(column: pa.ChunkedArray) -> bool:
     return bool((first[1:] >= first[:-1]).all())
 
 
-def from_bytes(data: bytes) -> pa.Table:
-    """Return the table that `to_bytes` or `part_to_bytes` wrote; raises DamagedError for anything else."""
+def from_bytes(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table that `to_bytes` or `part_to_bytes` wrote, or those of these columns that a table of rows has.
+
+    Raises DamagedError for anything else.
+    """
     try:
         flat = read_flat(pq.ParquetFile(pa.py_buffer(data)))
         if flat is not None:
@@ -114,7 +118,7 @@ def from_bytes(data: bytes) -> pa.Table:
         stream = pa.BufferOutputStream()
         stream.write(data)
         # `read_table` would build a dataset first, which takes longer than reading a small part.
-        return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read())
+        return _without_maps(pq.ParquetFile(pa.BufferReader(stream.getvalue())).read(columns))
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,9 +57,9 @@ class Repeated(RunFolder):
         rows = [drawn.checksums[part].rows or 0 for part in before[: before.index(name) + 1]]
         return slice(sum(rows[:-1]), sum(rows))
 
-    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+    def read_part(self, receipt: Receipt, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         drawn = self._drawn[receipt.shard_id % len(self._drawn)]
-        table = super().read_part(drawn, name)
+        table = super().read_part(drawn, name, columns)
         began = time.thread_time()
         table = self._renamed(table, receipt.shard_id, name, self._rows(drawn, name))
         with self.lock:
@@ -82,10 +83,9 @@ class Repeated(RunFolder):
             column = table["activation"].combine_chunks()
             values = column.flatten().to_numpy().reshape(len(table), -1)
             # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
-            scales = np.random.default_rng([number, int(name.partition(".")[2] or 0)]).gamma(
-                9.0, 1 / 9, values.shape[1]
-            )
-            return with_columns(table, activation=list_column(values * scales.astype(np.float32), column.type))
+            generator = np.random.default_rng([number, int(name.partition(".")[2] or 0)])
+            scales = np.exp(generator.standard_normal(values.shape[1], np.float32) / 3)
+            return with_columns(table, activation=list_column(values * scales, column.type))
         return table
 
 

@@ -1,6 +1,7 @@
 """Ways to commit a shard that are broken on purpose: a test of durability has to fail with each of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,7 @@ class ReceiptReplaced(RunFolder):
 class Appended(RunFolder):
     """Every attempt adds files of its own name to a shard, and whatever is there is read."""
 
-    def read_part(self, receipt: Receipt, name: str) -> pa.Table:
+    def read_part(self, receipt: Receipt, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         listed = self.store.list(f"shards/{receipt.shard_id:06d}/")
         ours = [entry.key for entry in listed if entry.key.endswith(f"-{name}.parquet")]
-        return pa.concat_tables([from_bytes(self.store.read(key)) for key in ours])
+        return pa.concat_tables([from_bytes(self.store.read(key), columns) for key in ours])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ BLOCK = 1 << 15
 class Samples:
     """The samples of a shard, in order of its captions."""
 
+    COLUMNS: ClassVar = ("sample_id", "image", "shard_id")
+    """Of captions, that they are made from."""
     sample_id: Shaped[ndarray, " sample"]
     image: UInt64[ndarray, " sample"]
     """A number that samples of one image share."""

@@ -195,7 +195,8 @@ class SumMerge(PartialMerge):
         def merge(neurons: tuple[int, int, int]) -> dict[str, pa.Table]:
             number, first, count = neurons
             sums, totals = NeuronSums(count, first), ConceptMerge(count)
-            for pieces in parts.by_unit([*(piece(name, number) for name in PER_NEURON), "captions"]):
+            names = [*(piece(name, number) for name in PER_NEURON), "captions"]
+            for pieces in parts.by_unit(names, {"captions": Samples.COLUMNS}):
                 shard = join(pieces)
                 totals.add_totals(shard["totals"])
                 sums.add(shard["activity"], shard["examples"], Samples.of(shard["captions"]))
@@ -332,9 +333,9 @@ def put_together(
             for part in pieces_of(receipt, name)
             if part != name and (receipt.checksums or {})[part].rows
         ]
-        for file in files:
-            output.table_file(name, *file)
-        if not files:
+        if files:
+            output.table_files(name, files)
+        else:
             output.table(name, TABLES[name].empty_table())
     context = jobs[0].context
     totals, sums = whole(made["sums"], "sums"), NeuronSums.of(whole(made["sums"], "activity"))
