@@ -214,11 +214,14 @@ class EditDataset:
         self, queries: Sequence[Prompt], longest: int = LONGEST, *, cache: bool
     ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
         """Generate replies in batches; queries with and without an image never share one."""
+        # Prompts of about the same length together: shorter ones are padded.
+        keys = [(query.image is None, len(query.prompt)) for query in queries]
+        order = sorted(range(len(queries)), key=lambda place: keys[place])
         written = []
-        for _, group in groupby(queries, key=lambda query: query.image is None):
+        for _, group in groupby([queries[place] for place in order], key=lambda query: query.image is None):
             for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, 2 * BATCH_ROWS):
                 written += self._write_batch(batch, longest, cache=cache)
-        return written
+        return [found for _, found in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]
 
     def _write_batch(
         self, queries: Sequence[Prompt], longest: int, *, cache: bool

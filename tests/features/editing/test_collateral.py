@@ -263,6 +263,17 @@ def test_replies_end_where_they_are_cut_off(dataset):
     assert short[0] == long[0]
 
 
+def test_replies_are_in_the_order_of_their_prompts(dataset):
+    sample = dataset.read(dataset.ids())[0]
+    prompts = ("What is the capital of France, and of Spain?", "Name a colour.", "What is a dog?")
+    queries = [Prompt(text) for text in prompts] + [Prompt(dataset.prompt_for(sample), sample.image)]
+    queries = [queries[place] for place in (0, 3, 1, 2)]
+    together = dataset.replies(queries, 8)
+    assert [one.prompt for one in together] == [query.prompt for query in queries]
+    assert [one.tokens for one in together] == [dataset.replies([query], 8)[0].tokens for query in queries]
+    assert len({one.tokens for one in together}) > 1
+
+
 def test_several_words_are_patched_from_the_start(dataset, few_texts, monkeypatch):
     monkeypatch.setattr(methods, "validate", lambda *_, **__: {})
     common = {"keep_text": few_texts, "samples": 2, "kept": 8, "steps": 2}
