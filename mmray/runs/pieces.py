@@ -5,7 +5,8 @@ Pieces of the part `concepts` are the parts `concepts.000`, `concepts.001`, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,16 @@ def cut_rows(table: pa.Table, key: str, size: int) -> list[pa.Table]:
     ordered = table.replace_schema_metadata({ORDER: key})
     rows = max(1, len(table) * size // max(size, table.nbytes))
     return [ordered.slice(first, rows) for first in range(0, max(1, len(table)), rows)]
+
+
+def cut_between(table: pa.Table, key: str, cuts: Sequence[Any]) -> list[pa.Table]:
+    """Return a table that is sorted by a column in pieces that begin at these keys, without empty ones; at least one.
+
+    The pieces' schema names the column, too.
+    """
+    ordered = table.replace_schema_metadata({ORDER: key})
+    edges = [0, *np.searchsorted(table[key].to_numpy(), list(cuts)).tolist(), len(table)]
+    return [ordered.slice(first, end - first) for first, end in pairwise(edges) if first < end] or [ordered]
 
 
 def cut_lists(table: pa.Table, length: int, count: int) -> list[pa.Table]:

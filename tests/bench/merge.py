@@ -37,7 +37,7 @@ from mmray.engine import run as run_job
 from mmray.features.census import partial_merge
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.partial_merge import PartialMerge
-from mmray.features.census.ranges import cut_parts, neuron_ranges
+from mmray.features.census.ranges import cut_parts, cuts_in, neuron_ranges
 from mmray.features.census.reduction import candidates_kept
 from mmray.features.census.settings import census_settings
 from mmray.features.census.tables import PARTS, TABLES
@@ -208,8 +208,8 @@ class TimedParts(Parts):
 
     ended: list[float] = field(default_factory=list)
 
-    def by_unit(self, names: Any) -> Iterator[dict[str, pa.Table]]:
-        yield from super().by_unit(names)
+    def by_unit(self, *names: Any) -> Iterator[dict[str, pa.Table]]:
+        yield from super().by_unit(*names)
         self.ended.append(time.process_time())
 
 
@@ -227,9 +227,10 @@ def draw(out: Path) -> None:
         RunFolder(LocalStore(out / "decoding")).commit_shard(0, decoded, 0, 0.0)
         folder = RunFolder(LocalStore(out / "drawn"))
         for number in range(DRAWN):
-            folder.commit_shard(
-                number, cut_parts(shard_tables(random, common), len(neuron_ranges([WIDTHS]))), SAMPLES, 1.0
-            )
+            first = folder.receipt(0)
+            cuts = cuts_in(first) if first else []
+            tables = cut_parts(shard_tables(random, common), len(neuron_ranges([WIDTHS])), cuts)
+            folder.commit_shard(number, tables, SAMPLES, 1.0)
 
 
 def shard_tables(random: np.random.Generator, common: np.ndarray) -> dict[str, pa.Table]:

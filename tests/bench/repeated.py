@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from mmray.storage import LocalStore
 CONCEPTS = 600
 """Of a shard."""
 VOCABULARY = 20_000
+SAMPLED = 32
+"""Shards that say where the vocabulary is cut."""
 
 
 class Repeated(RunFolder):
@@ -45,10 +48,15 @@ class Repeated(RunFolder):
         return {number: self._receipt(number) for number in range(self.count)}
 
     def _receipt(self, number: int) -> Receipt:
-        drawn, names = self._drawn[number % len(self._drawn)], concepts_of(number)
+        drawn, names = self._drawn[number % len(self._drawn)], self.names(number)
         places = {part: self._rows(drawn, part) for part in pieces_of(drawn, "concepts")}
         bounds = {part: {"concept": [names[rows.start], names[rows.stop - 1]]} for part, rows in places.items()}
         return replace(drawn, shard_id=number, bounds=bounds)
+
+    def names(self, number: int) -> list[str]:
+        """Return the concepts of a shard, in order."""
+        checksums = self._drawn[0].checksums or {}
+        return concepts_of(number, tuple(checksums[part].rows or 0 for part in pieces_of(self._drawn[0], "concepts")))
 
     def _rows(self, drawn: Receipt, name: str) -> slice:
         """Return which rows of a part are in a piece."""
@@ -74,9 +82,9 @@ class Repeated(RunFolder):
             table = with_columns(table, sample_id=ids, image=digests)
             return with_columns(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
         if whole_name(name) == "concepts":
-            return with_columns(table, concept=pa.array(concepts_of(number)[rows]))
+            return with_columns(table, concept=pa.array(self.names(number)[rows]))
         if name == "occurrences":
-            names = np.array(concepts_of(number), object)[table["token_id"].to_numpy()]
+            names = np.array(self.names(number), object)[table["token_id"].to_numpy()]
             ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
             return with_columns(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
         if whole_name(name) == "examples":
@@ -105,11 +113,27 @@ def _nouns() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def concepts_of(number: int) -> list[str]:
-    """Return the concepts of a shard, in order: drawn without replacement."""
+def _edges(pieces: tuple[int, ...]) -> list[int]:
+    """Return where the vocabulary is cut, so that about so many of a shard's concepts lie in each piece."""
     names, chances = _nouns()
-    noise = np.random.default_rng(number).gumbel(size=len(names))
-    return sorted(names[np.argpartition(-(chances + noise), CONCEPTS)[:CONCEPTS]].tolist())
+    noise = np.random.default_rng(0).gumbel(size=(SAMPLED, len(names)))
+    places = np.sort(np.argpartition(-(chances + noise), CONCEPTS, axis=1)[:, :CONCEPTS].ravel())
+    return [0, *places[SAMPLED * np.cumsum(pieces)[:-1]].tolist(), len(names)]
+
+
+@cache
+def concepts_of(number: int, pieces: tuple[int, ...]) -> list[str]:
+    """Return the concepts of a shard, in order: drawn without replacement, so many in each piece.
+
+    All shards of a run are cut at the same concepts.
+    """
+    names, chances = _nouns()
+    values = chances + np.random.default_rng(number).gumbel(size=len(names))
+    places = [
+        first + np.argpartition(-values[first:end], count - 1)[:count]
+        for (first, end), count in zip(pairwise(_edges(pieces)), pieces, strict=True)
+    ]
+    return names[np.sort(np.concatenate(places))].tolist()  # type: ignore[no-any-return]
 
 
 TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard

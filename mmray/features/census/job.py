@@ -23,7 +23,7 @@ from mmray.features.census.estimate import describe, first_rows
 from mmray.features.census.inputs import check_apart, open_data, open_inputs, text_settings
 from mmray.features.census.merging import APPENDED, DECODED, RANGE, RunMerge, concept_cuts, read_decoded
 from mmray.features.census.partial_merge import PartialMerge, partial_merges, put_together
-from mmray.features.census.ranges import cut_parts, neuron_ranges, pieces_of
+from mmray.features.census.ranges import SharedCuts, cut_parts, neuron_ranges, pieces_of
 from mmray.features.census.settings import CensusSettings, shard_size_of
 from mmray.features.census.shard import ShardAnalysis
 from mmray.features.census.tables import PARTS, TABLES
@@ -187,6 +187,7 @@ class CensusJob(ModelJob[CensusContext]):
         """Return the worker that analyses a shard."""
         source, sharing = open_data(self.settings), RowSharing(model)
         ranges = len(neuron_ranges([context.widths, *context.module_widths.values()]))
+        cuts = SharedCuts(self.target)
 
         def analyse(unit: Unit) -> Callable[[], UnitResult]:
             shard = unit.payload
@@ -196,7 +197,8 @@ class CensusJob(ModelJob[CensusContext]):
             def finish() -> UnitResult:
                 tables = analysis.tables()
                 tables["activity"] = without_repeats(tables["activity"])
-                return UnitResult(cut_parts(tables, ranges), analysis.skipped, sorted(analysis.notes))
+                pieces = cut_parts(tables, ranges, cuts.read() if ranges > 1 else ())
+                return UnitResult(pieces, analysis.skipped, sorted(analysis.notes))
 
             return finish
 

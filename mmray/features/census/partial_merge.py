@@ -31,7 +31,7 @@ from mmray.features.census.concept_merge import ConceptMerge
 from mmray.features.census.concept_rankings import BY_NEURON, INDEX, ConceptRankings, sorted_by_neuron, uses_of
 from mmray.features.census.merging import APPENDED, RANGE, concept_cuts, read_decoded
 from mmray.features.census.neuron_sums import NeuronSums, Samples, activity_table, example_tables, neuron_table
-from mmray.features.census.ranges import is_cut, neuron_ranges, pieces_of, pieces_within
+from mmray.features.census.ranges import cuts_in, is_cut, neuron_ranges, pieces_of, pieces_within
 from mmray.features.census.ranking import neuron_names
 from mmray.features.census.settings import CensusSettings
 from mmray.features.census.spill import cuts_of
@@ -50,7 +50,9 @@ LARGE = 4 << 30
 ROWS_EACH = 64 << 20
 """Bytes of committed rows of a unit of `rows`; several times as many in memory."""
 CONCEPTS_EACH = 256 << 20
-"""Bytes of committed sums of a unit of `rankings`."""
+"""Bytes of committed sums of a unit of `rankings`, at least: a unit has whole pieces of the shards."""
+HELD = 2 << 30
+"""Bytes of sums that such a unit holds in memory before it writes them to its disk."""
 USES_PIECE = 2 << 20
 """Bytes in memory of a piece of the rows that say where concepts occur."""
 
@@ -226,7 +228,7 @@ class RankingMerge(PartialMerge):
         def merge(concepts: tuple[str, str | None]) -> dict[str, pa.Table]:
             first, end = concepts
             cuts = [name for name in context.cuts if first < name and (end is None or name < end)]
-            sums = ConceptMerge(neurons, cuts)
+            sums = ConceptMerge(neurons, cuts, HELD)
             sums.add_totals(totals, shards=len(parts.receipts))
             ranked = ConceptRankings(sums, cuts, context.widths, decoded, self.settings.top_k, context.names)
             for table in rows_within(parts, "concepts", first, end):
@@ -285,10 +287,10 @@ def partial_merges(
     if sum(map(parts.size, PARTS)) < LARGE or not all(map(is_cut, receipts)):
         return []
     size = parts.size("concepts")
-    # A unit reads every piece that reaches into its range: with more units than half the pieces that is too much.
-    pieces = sum(len(pieces_of(one, "concepts")) for one in receipts) // len(receipts)
     within = concept_cuts(parts, -(-size // RANGE))
-    cuts = cuts_of(within, max(1, min(-(-size // CONCEPTS_EACH), pieces // 2)))
+    # Where the shards are cut, so that units read no piece twice.
+    of_shards = cuts_in(receipts[0])
+    cuts = cuts_of(of_shards, max(1, min(-(-size // CONCEPTS_EACH), len(of_shards) + 1)))
     ranges = neuron_ranges([widths, *module_widths.values()])
     starts = [first for first, _ in ranges]
     units: dict[type[PartialMerge], list[Any]] = {

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from bisect import bisect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mmray.features.census.job import CensusJob, run_census
 from mmray.features.census.partial_merge import NeuronConceptMerge, PartialMerge, RankingMerge, RowMerge, SumMerge
 from mmray.features.census.refresh import refresh_run
 from mmray.features.census.settings import census_settings
-from mmray.runs import folder
+from mmray.runs import RunFolder, folder
 from mmray.runs.run import Run, open_run
 from mmray.runs.verification import verify_run
 from mmray.storage import Store, open_store
@@ -96,6 +97,24 @@ def test_ranges_change_no_table(unmerged: Path, settings: dict[str, Any], undivi
     assert [type(one) for one in made if len(one.units) > 2] == [RowMerge, SumMerge, RankingMerge, NeuronConceptMerge]
     # Some ranks are certain, and others are not: shards left neurons out.
     assert undivided.sql("select count(distinct certified) as n from rankings").to_pylist() == [{"n": 2}]
+
+
+def test_shards_are_cut_alike_so_that_no_piece_is_read_twice(unmerged: Path, settings: dict[str, Any]) -> None:
+    job = CensusJob(census_settings(settings | {"out": str(unmerged)}))
+    receipts = RunFolder.at(unmerged).receipts()
+    bounds = [[one.bounds[part]["concept"] for part in ranges.pieces_of(one, "concepts")] for one in receipts.values()]
+    cuts = ranges.cuts_in(receipts[0])
+    assert len(cuts) > 2
+    assert all(bisect(cuts, first) == bisect(cuts, last) for pieces in bounds for first, last in pieces)
+    made = job.partial_merges(job.plan(), Parts(RunFolder.at(unmerged), receipts, job.parts))
+    (units,) = (one.units for one in made if isinstance(one, RankingMerge))
+    read = [
+        part
+        for unit in units
+        for receipt in receipts.values()
+        for part in ranges.pieces_within(receipt, "concepts", *unit.payload)
+    ]
+    assert len(read) == sum(map(len, bounds))
 
 
 def test_shards_in_pieces_are_merged_alone_as_well(
