@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -24,7 +24,7 @@ from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.locating import last_layers, matched
 from mmray.features.editing.patch import Detectors, Patch
 from mmray.features.editing.settings import EditSettings
-from mmray.features.editing.task import FIRST_SHARE, SHARES, Task, prepare
+from mmray.features.editing.task import FIRST_OPENING, OPENINGS, Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
 from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import null_space
@@ -35,10 +35,9 @@ from mmray.runs.run import Run
 
 SWAP_MARGIN = 5.0
 """Logits by which the target of a swap must lead on its images. Suppression need not write a word so firmly."""
-PATCH_MARGIN, PATCH_KEEP_WEIGHT = 15.0, 10.0
-"""The same in a patch, also of suppression: where the word is less clear than on these images, its neuron opens less.
-And the weight of kept captions and answers, to which a patch does little: with the usual one, it hardly carries over to
-other images."""
+PATCH_KEEP_WEIGHT = 10.0
+"""Weight of kept captions and answers in a patch, which does little to them: with the usual one, it hardly carries over
+to other images."""
 HALLUCINATION_CURVATURE_WEIGHT = 10.0
 """What a model makes up is harder to tell from what it sees than one word from others."""
 ABOUT_IMAGES = ("captions", "answers")
@@ -88,7 +87,7 @@ def rank_one_change(task: Task) -> Deltas:
 def patch(task: Task) -> Deltas:
     """Let idle neurons of the last layer detect the word and write another one."""
     task.before.detectors = task.before.detectors or Detectors.of(task)
-    return _learn(task, Patch(task, task.before.detectors, SHARES[task.share]))
+    return _learn(task, Patch(task, task.before.detectors, OPENINGS[task.opening].share))
 
 
 def lora(task: Task) -> Deltas:
@@ -167,11 +166,11 @@ class Try:
     @property
     def record(self) -> dict[str, Any]:
         """What an edit remembers of it."""
-        share = {"share": SHARES[self.task.share]} if self.task.settings.method == "patch" else {}
+        opening = asdict(OPENINGS[self.task.opening]) if self.task.settings.method == "patch" else {}
         return {
             "method": self.task.settings.method,
             "neurons": self.neurons,
-            **share,
+            **opening,
             **self.measures,
             "broken": self.broken,
         }
@@ -191,7 +190,8 @@ def next_try(task: Task, tries: Sequence[Try]) -> Task | None:
 
     More located neurons write a word with less change to other captions: they come next, unless text-only replies have
     changed already, of which they change more. Then come patches. They open later if the last one takes and changes
-    what should stay, and earlier if it does not take. Where neurons can't be rewritten, there are none.
+    what should stay; earlier, and then with a larger margin, if it does not take. Where neurons can't be rewritten,
+    there are none.
     """
     last = tries[-1]
     if not task.settings.searches or not last.broken:
@@ -201,12 +201,12 @@ def next_try(task: Task, tries: Sequence[Try]) -> Task | None:
         if TEXT_ONLY & set(last.broken):
             return patched(task) or more
         return more or patched(task)
-    following = last.task.share + (-1 if last.takes else 1)
-    tried = {one.task.share for one in tries if one.task.settings.method == "patch"}
-    # Back at a share that was tried: an edit that takes changes too much, and one that changes less doesn't take.
-    if following in tried or not 0 <= following < len(SHARES):
+    following = last.task.opening + (-1 if last.takes else 1)
+    tried = {one.task.opening for one in tries if one.task.settings.method == "patch"}
+    # Back at an opening that was tried: an edit that takes changes too much, and one that changes less doesn't take.
+    if following in tried or not 0 <= following < len(OPENINGS):
         return None
-    return replace(last.task, share=following)
+    return replace(last.task, opening=following)
 
 
 def patched(task: Task) -> Task | None:
@@ -215,7 +215,7 @@ def patched(task: Task) -> Task | None:
         task.before.detectors = task.before.detectors or Detectors.of(task)
     except InputError:
         return None
-    return replace(task, settings=task.settings.model_copy(update={"method": "patch"}), share=FIRST_SHARE)
+    return replace(task, settings=task.settings.model_copy(update={"method": "patch"}), opening=FIRST_OPENING)
 
 
 def _tried(task: Task) -> Try:
@@ -259,7 +259,7 @@ def _learn(task: Task, deltas: Deltas) -> Deltas:
     if {purpose.kind for purpose in task.purposes} == {"swap"}:
         config = replace(config, margin=SWAP_MARGIN)
     if isinstance(deltas, Patch):
-        margin = 0.0 if task.settings.reduce_hallucination else PATCH_MARGIN
+        margin = 0.0 if task.settings.reduce_hallucination else OPENINGS[task.opening].margin
         config = replace(config, margin=margin, keep_weight=PATCH_KEEP_WEIGHT)
     if task.settings.reduce_hallucination:
         config = replace(config, curvature_weight=HALLUCINATION_CURVATURE_WEIGHT)

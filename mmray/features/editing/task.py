@@ -22,12 +22,25 @@ from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.whitening import Curvature
 from mmray.neurons.model import NeuronModel
 
-SHARES, FIRST_SHARE = (0.8, 0.55, 0.35), 1
-"""Shares of what the word's positions reach at which patched neurons open, and the number of the first to try."""
 MOST = 2048
 """Neurons of the largest try: whitening takes time that grows with their third power."""
 TARGET_IMAGES = 16
 """Kept images that show each target, so that captions of the target itself stay too."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How easily a patched neuron writes its word."""
+
+    share: float
+    """Of what the word's positions reach, at which it opens."""
+    margin: float
+    """Logits by which the new word must lead on the edit's images, also to suppress another. Where the old word is less
+    clear than there, the neuron opens less, and the lead is smaller."""
+
+
+OPENINGS, FIRST_OPENING = (Opening(0.8, 15.0), Opening(0.55, 15.0), Opening(0.35, 15.0), Opening(0.35, 60.0)), 1
+"""Those to try, from the one that changes least, and the number of the first."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,8 @@ class Task:
     """What changes cost these."""
     before: BeforeEdit = field(default_factory=BeforeEdit)
     """What tries share."""
-    share: int = FIRST_SHARE
-    """Of a patch, in this try: a number of SHARES."""
+    opening: int = FIRST_OPENING
+    """Of a patch, in this try: a number of OPENINGS."""
 
 
 def prepare(dataset: EditDataset, requests: Sequence[EditSettings]) -> Task:

@@ -147,27 +147,27 @@ def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
 
 
 @pytest.mark.parametrize(
-    ("broken_by_try", "shares"),
+    ("broken_by_try", "openings"),
     [
         ([None], []),
-        (["text_only_64", None], [0.55]),
+        (["text_only_64", None], [(0.55, 15)]),
         # Takes and changes too much: the neurons open later.
-        (["text_only_64", "image_locality", "image_locality"], [0.55, 0.8]),
-        # Does not take: they open earlier.
-        (["text_only_16", "reliability", "image_generality"], [0.55, 0.35]),
+        (["text_only_64", "image_locality", "image_locality"], [(0.55, 15), (0.8, 15)]),
+        # Does not take: they open earlier, and then write more firmly.
+        (["text_only_16", "reliability", "image_generality", None], [(0.55, 15), (0.35, 15), (0.35, 60)]),
         # Between the two there is nothing to try.
-        (["text_only_64", "reliability", "image_locality"], [0.55, 0.35]),
-        (["text_only_64", "image_locality", "reliability"], [0.55, 0.8]),
+        (["text_only_64", "reliability", "image_locality"], [(0.55, 15), (0.35, 15)]),
+        (["text_only_64", "image_locality", "reliability"], [(0.55, 15), (0.8, 15)]),
     ],
 )
-def test_patches_are_tried_where_located_neurons_change_text(dataset, few_texts, monkeypatch, broken_by_try, shares):
+def test_patches_are_tried_where_located_neurons_change_text(dataset, few_texts, monkeypatch, broken_by_try, openings):
     measures = iter({name: 0.0} if name else {} for name in broken_by_try)
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
     first, *others = edit.facts["tries"]
     assert (first["method"], first["neurons"]) == ("learned", 30)
-    assert [one["method"] for one in others] == ["patch"] * len(shares)
-    assert [one["share"] for one in others] == shares
+    assert [one["method"] for one in others] == ["patch"] * len(openings)
+    assert [(one["share"], one["margin"]) for one in others] == openings
     assert next(measures, None) is None
     # With a number of neurons, there is one try.
     monkeypatch.setattr(methods, "validate", lambda *_, **__: {"reliability": 0.0})
