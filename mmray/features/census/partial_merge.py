@@ -51,7 +51,7 @@ ROWS_EACH = 64 << 20
 """Bytes of committed rows of a unit of `rows`; several times as many in memory."""
 CONCEPTS_EACH = 256 << 20
 """Bytes of committed sums of a unit of `rankings`, at least: a unit has whole pieces of the shards."""
-HELD = 2 << 30
+HELD = 3 << 30
 """Bytes of sums that such a unit holds in memory before it writes them to its disk."""
 USES_PIECE = 2 << 20
 """Bytes in memory of a piece of the rows that say where concepts occur."""

@@ -193,7 +193,7 @@ def test_where_neurons_can_t_be_rewritten_all_located_ones_are_tried(dataset, fe
 
 def test_an_edit_that_takes_is_chosen_before_one_that_breaks_less(dataset, few_texts, monkeypatch):
     takes, leaves = {"text_only_64": 0.0, "text_only_16": 0.0}, {"reliability": 0.0}
-    measures = iter([leaves, takes, leaves, leaves])
+    measures = iter([leaves, takes, leaves, leaves, leaves])
     monkeypatch.setattr(methods, "validate", lambda *_, **__: next(measures))
     edit = make_edit(dataset, [edit_settings({"suppress": "hammer", "keep_text": few_texts, **QUICK})])
     assert edit.facts["validation"] == takes
