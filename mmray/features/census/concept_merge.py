@@ -114,17 +114,16 @@ class _Scratch(threading.local):
 class ConceptMerge:
     """Adds up the `concepts` and `totals` of shards; the result does not depend on how the data was cut.
 
-    `cuts` are the concepts at which a new range starts. Only one range of concepts is in memory at a time, once there
-    are more bytes than `held`.
+    `cuts` are the concepts at which a new range starts. Only one range of concepts is in memory at a time.
     """
 
-    def __init__(self, neurons: int, cuts: Sequence[str] = (), held: int | None = None) -> None:
+    def __init__(self, neurons: int, cuts: Sequence[str] = ()) -> None:
         self.neurons = neurons
         self.total = np.zeros(neurons)
         self.total_squares = np.zeros(neurons)
         self.n = 0
         self.shards = 0
-        self._rows = Spill(PARTS["concepts"], cuts, held)
+        self._rows = Spill(PARTS["concepts"], cuts)
         self._largest = 0.0
         """The largest of `total_squares`, once all shards are added."""
         self._lowest_first = np.zeros(0, np.int64)

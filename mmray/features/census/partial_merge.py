@@ -51,8 +51,6 @@ ROWS_EACH = 64 << 20
 """Bytes of committed rows of a unit of `rows`; several times as many in memory."""
 CONCEPTS_EACH = 256 << 20
 """Bytes of committed sums of a unit of `rankings`, at least: a unit has whole pieces of the shards."""
-HELD = 3 << 30
-"""Bytes of sums that such a unit holds in memory before it writes them to its disk."""
 USES_PIECE = 2 << 20
 """Bytes in memory of a piece of the rows that say where concepts occur."""
 
@@ -228,7 +226,7 @@ class RankingMerge(PartialMerge):
         def merge(concepts: tuple[str, str | None]) -> dict[str, pa.Table]:
             first, end = concepts
             cuts = [name for name in context.cuts if first < name and (end is None or name < end)]
-            sums = ConceptMerge(neurons, cuts, HELD)
+            sums = ConceptMerge(neurons, cuts)
             sums.add_totals(totals, shards=len(parts.receipts))
             ranked = ConceptRankings(sums, cuts, context.widths, decoded, self.settings.top_k, context.names)
             for table in rows_within(parts, "concepts", first, end):

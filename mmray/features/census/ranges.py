@@ -13,7 +13,7 @@ from mmray.storage import with_retries
 
 NEURONS = 1 << 16
 """Neurons per range. A model without more has all its parts whole."""
-PIECE = 1 << 20
+PIECE = 2 << 20
 """Bytes in memory of a piece of `concepts`, at least: smaller ones take longer to read than their bytes are worth."""
 MOST = 32
 """Pieces of `concepts` per shard, at most: each is a file, and a line of the receipt."""

@@ -24,13 +24,12 @@ SPILLED = 128 << 20
 class Spill:
     """Tables that are added shard by shard, and read range by range; rows of one key stay in the order of shards.
 
-    `cuts` are the keys at which a new range starts. About `held` bytes stay in memory, SPILLED by default. The file has
-    no name, so that nothing is left of a merge that is killed.
+    `cuts` are the keys at which a new range starts. Little data stays in memory. The file has no name, so that nothing
+    is left of a merge that is killed.
     """
 
-    def __init__(self, schema: pa.Schema, cuts: Sequence[Any], held: int | None = None) -> None:
+    def __init__(self, schema: pa.Schema, cuts: Sequence[Any]) -> None:
         self.schema = schema
-        self.held = SPILLED if held is None else held
         self.cuts = cuts
         self._pending: list[tuple[pa.Table, list[int]]] = []
         self._bytes = 0
@@ -50,7 +49,7 @@ class Spill:
         edges = np.searchsorted(rows[key].to_numpy(), self.cuts).tolist() if self.cuts else []
         self._pending.append((rows, [0, *edges, len(rows)]))
         self._bytes += rows.nbytes
-        if self._bytes >= self.held and self.cuts:
+        if self._bytes >= SPILLED and self.cuts:
             with room_for("a merge's sums"):
                 self._flush()
 
