@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from mmray.features.census.spill import Spill
+from mmray.features.census.spill import ScratchFile, Spill
 from mmray.features.census.tables import PARTS, SUMS
 from mmray.runs.tables import list_values, vectors
 
@@ -114,16 +114,17 @@ class _Scratch(threading.local):
 class ConceptMerge:
     """Adds up the `concepts` and `totals` of shards; the result does not depend on how the data was cut.
 
-    `cuts` are the concepts at which a new range starts. Only one range of concepts is in memory at a time.
+    `cuts` are the concepts at which a new range starts. Only one range of concepts is in memory at a time; the others
+    are in `scratch`.
     """
 
-    def __init__(self, neurons: int, cuts: Sequence[str] = ()) -> None:
+    def __init__(self, neurons: int, cuts: Sequence[str] = (), scratch: ScratchFile | None = None) -> None:
         self.neurons = neurons
         self.total = np.zeros(neurons)
         self.total_squares = np.zeros(neurons)
         self.n = 0
         self.shards = 0
-        self._rows = Spill(PARTS["concepts"], cuts)
+        self._rows = Spill(PARTS["concepts"], cuts, scratch)
         self._largest = 0.0
         """The largest of `total_squares`, once all shards are added."""
         self._lowest_first = np.zeros(0, np.int64)

@@ -34,7 +34,7 @@ from mmray.features.census.neuron_sums import NeuronSums, Samples, activity_tabl
 from mmray.features.census.ranges import cuts_in, is_cut, neuron_ranges, pieces_of, pieces_within
 from mmray.features.census.ranking import neuron_names
 from mmray.features.census.settings import CensusSettings
-from mmray.features.census.spill import cuts_of
+from mmray.features.census.spill import ScratchFile, cuts_of
 from mmray.features.census.tables import PARTS, TABLES
 from mmray.neuron_names import NeuronNames
 from mmray.runs import Receipt, RunFolder
@@ -222,11 +222,12 @@ class RankingMerge(PartialMerge):
         """Return what merges concepts, given the first and the one after the last."""
         parts, occurring, neurons = context.parts(), context.made_by("rows"), sum(context.widths)
         decoded, totals = read_decoded(context.decoding), whole(context.made_by("sums"), "sums")
+        scratch = ScratchFile()
 
         def merge(concepts: tuple[str, str | None]) -> dict[str, pa.Table]:
             first, end = concepts
             cuts = [name for name in context.cuts if first < name and (end is None or name < end)]
-            sums = ConceptMerge(neurons, cuts)
+            sums = ConceptMerge(neurons, cuts, scratch)
             sums.add_totals(totals, shards=len(parts.receipts))
             ranked = ConceptRankings(sums, cuts, context.widths, decoded, self.settings.top_k, context.names)
             for table in rows_within(parts, "concepts", first, end):

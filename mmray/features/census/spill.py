@@ -21,19 +21,43 @@ SPILLED = 128 << 20
 """Bytes collected in memory before they are written; large, so that a range is read in few pieces."""
 
 
+class ScratchFile:
+    """A temporary file without a name, for one spill after another: fresh pages of a file take longer than old ones."""
+
+    def __init__(self) -> None:
+        self._file: Any = None
+
+    def __del__(self) -> None:
+        """Close it."""
+        self.close()
+
+    def rewound(self) -> Any:
+        """Return the file at its beginning, with what was written before."""
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
+        self._file.seek(0)
+        return self._file
+
+    def close(self) -> None:
+        """Free its space."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 class Spill:
     """Tables that are added shard by shard, and read range by range; rows of one key stay in the order of shards.
 
     `cuts` are the keys at which a new range starts. Little data stays in memory. The file has no name, so that nothing
-    is left of a merge that is killed.
+    is left of a merge that is killed. `scratch` may serve other spills once all ranges are read.
     """
 
-    def __init__(self, schema: pa.Schema, cuts: Sequence[Any]) -> None:
+    def __init__(self, schema: pa.Schema, cuts: Sequence[Any], scratch: ScratchFile | None = None) -> None:
         self.schema = schema
         self.cuts = cuts
         self._pending: list[tuple[pa.Table, list[int]]] = []
         self._bytes = 0
         self._flushes = 0
+        self._scratch, self._is_shared = scratch or ScratchFile(), scratch is not None
         self._file: Any = None
         self._writer: Any = None
 
@@ -60,12 +84,15 @@ class Spill:
             return
         self._flush()
         self._writer.close()
+        # Arrow's footer is the end of the file.
+        self._file.truncate()
         self._file.seek(0)
         reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
         for number in range(len(self.cuts) + 1):
             places = range(number, self._flushes * (len(self.cuts) + 1), len(self.cuts) + 1)
             yield pa.Table.from_batches([reader.get_batch(place) for place in places])
-        self._file.close()
+        if not self._is_shared:
+            self._scratch.close()
 
     def _collected(self, number: int) -> pa.Table:
         """Return what is in memory of a range."""
@@ -75,7 +102,7 @@ class Spill:
     def _flush(self) -> None:
         """Write what is in memory: one record batch per range."""
         if self._writer is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed when all ranges are read)
+            self._file = self._scratch.rewound()
             self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self.schema)
         # An empty range is written, too: the place of a batch says which range it is of.
         empty = pa.RecordBatch.from_pylist([], schema=self.schema)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmray.errors import InputError
 from mmray.features.census import spill
-from mmray.features.census.spill import Spill, cuts_of
+from mmray.features.census.spill import ScratchFile, Spill, cuts_of
 from tests.support.stores import FullFile
 
 SCHEMA = pa.schema([("key", pa.string()), ("values", pa.list_(pa.int32()))])
@@ -32,6 +32,20 @@ def test_rows_come_back_by_range_in_the_order_of_shards(shards, cuts, spilled):
         assert sorted({key for key, _ in part}) == sorted({key for key, _ in everything if first <= key < end})
         for name in {key for key, _ in part}:
             assert [row for row in part if row[0] == name] == [row for row in everything if row[0] == name]
+
+
+@given(st.lists(ROWS, min_size=2, max_size=6), st.integers(1, 400))
+def test_a_file_that_others_have_written_serves_again(parts, spilled):
+    scratch = ScratchFile()
+    with patch.object(spill, "SPILLED", spilled):
+        for rows in sorted(parts, key=len, reverse=True):
+            found = []
+            for file in (scratch, None):
+                collected = Spill(SCHEMA, ["c", "f"], file)
+                table = pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
+                collected.add(table, "key")
+                found.append([part.to_pylist() for part in collected.ranges()])
+            assert found[0] == found[1]
 
 
 def test_little_data_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
