@@ -57,7 +57,7 @@ MERGES = (
     Merge(LARGER * 0.017, sys.maxsize),
     Merge(0.095, RANGES),
     # To read a shard's concepts, and to rank them in 2,000 shards, where a concept has 60 rows.
-    Merge(LARGER * (0.11 + 600 / 60 * 0.007), MOST),
+    Merge(LARGER * (0.09 + 600 / 60 * 0.007), MOST),
 )
 """Jobs `rows`, `sums` and `rankings` (`tests.bench.merge`). The other one, and the driver, grow with the vocabulary."""
 
