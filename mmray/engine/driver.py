@@ -264,22 +264,24 @@ def _merge(
 ) -> Mapping[str, Any]:
     """Merge the parts, publish tables and files, and return the headline."""
     job, lease = started.job, started.lease
-    if partial_merges := job.partial_merges(started.plan, parts):
-        executor = executor or executor_for(partial_merges[0].settings)
+    if steps := job.partial_merges(started.plan, parts):
+        executor = executor or executor_for(steps[0][0].settings)
         receipts = parts.receipts.values()
         size, failures = sum(one.samples for one in receipts), sum(one.failures for one in receipts)
         quarantined = len(started.plan.units) - len(receipts)
 
-        def tell(name: str, merged: Progress) -> None:
-            step = f"{name}, {merged.done} of {merged.total}"
+        def tell(names: str, merged: Progress) -> None:
+            step = f"{names}, {merged.done} of {merged.total}"
             follow(Progress(size, size, failures, quarantined, "merging", step))
 
         # One session for all: to start Ray takes seconds.
         with executor.session():
-            for one in partial_merges:
-                done = run(one, executor=executor, follow=partial(tell, one.name), lease=lease)
-                for number, reason in done.quarantined.items():
-                    raise InputError(f"{job.root}: the merge failed in {one.name}, unit {number} ({reason}); run again")
+            for step in steps:
+                told = partial(tell, " and ".join(one.name for one in step))
+                for done in run_together(step, executor=executor, follow=told, lease=lease):
+                    for number, reason in done.quarantined.items():
+                        failed = f"{done.job}, unit {number} ({reason})"
+                        raise InputError(f"{job.root}: the merge failed in {failed}; run again")
     guarded = lease.guard(started.target)
     output = Output(SnapshotWriter(guarded, job.name, started.fence))
     headline = job.merge(started.plan, parts, output)

@@ -258,10 +258,11 @@ class Job(ABC, Generic[S, P]):
         Must be deterministic: parts come in the order of units, whichever workers computed them.
         """
 
-    def partial_merges(self, plan: Plan[P], parts: Parts) -> Sequence[Job[Any, Any]]:
-        """Return jobs to run one after the other before `merge`, which may read their parts; none by default.
+    def partial_merges(self, plan: Plan[P], parts: Parts) -> Sequence[Sequence[Job[Any, Any]]]:
+        """Return steps to take before `merge`, which may read their parts; none by default.
 
-        Their root must lie under `PARTIAL` in this job's own: it is removed once the tables are written.
+        The jobs of a step share workers, and may read the parts of earlier steps. Their root must lie under `PARTIAL`
+        in this job's own: it is removed once the tables are written.
         """
         return ()
 

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,8 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.engine import Executor, Output, Parts, Plan, executor_for
-from mmray.engine import run as run_job
+from mmray.engine import Executor, Output, Parts, Plan, executor_for, run_together
 from mmray.features.census import partial_merge
 from mmray.features.census.job import DECODED, CensusContext, CensusJob
 from mmray.features.census.partial_merge import PartialMerge
@@ -143,19 +143,20 @@ def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> 
     plan, parts = Plan([], {}, context_of(out)), Parts(folder, folder.receipts(), job.parts)
     kinds = {kind.__name__: type(kind.__name__, (Timed, kind), {}) for kind in PartialMerge.__subclasses__()}
     with patch.multiple(partial_merge, MergeContext=RepeatedContext, LARGE=0, **kinds):
-        jobs = job.partial_merges(plan, parts)
+        steps = job.partial_merges(plan, parts)
         rows, walls = [], []
-        executor = executor or executor_for(jobs[0].settings.model_copy(update={"workers": "2"}))
+        executor = executor or executor_for(steps[0][0].settings.model_copy(update={"workers": "2"}))
         with executor.session():
-            for one in jobs:
+            for step in steps:
                 began = time.perf_counter()
-                assert run_job(one, executor=executor).complete
-                walls.append(time.perf_counter() - began)
+                assert all(done.complete for done in run_together(step, executor=executor))
+                # Jobs of a step run at the same time.
+                walls += [f"{time.perf_counter() - began:.0f}", *["with it"] * (len(step) - 1)]
         began, used = time.perf_counter(), time.process_time()
         with peak_memory() as peak:
             headline = write_tables(run, job, plan, parts)
         wall, cpu = time.perf_counter() - began, time.process_time() - used
-    for one, seconds in zip(jobs, walls, strict=True):
+    for one, seconds in zip(chain(*steps), walls, strict=True):
         times = [json.loads(line) for line in Path(one.place, TIMES).read_text().splitlines()]
         rows.append(
             {
@@ -164,7 +165,7 @@ def merge_by_ranges(out: Path, count: int, executor: Executor | None = None) -> 
                 "units": f"{len(one.units)}",
                 "CPU s": f"{sum(cpu for cpu, _ in times):.0f}",
                 "of the longest unit": f"{max(cpu for cpu, _ in times):.0f}",
-                "wall s": f"{seconds:.0f}",
+                "wall s": seconds,
                 "memory, MB": f"{max(memory for _, memory in times):.0f}",
                 "concepts": "",
                 "parts, GB": "",

@@ -37,6 +37,8 @@ class Repeated(RunFolder):
 
     spent: ClassVar[float] = 0.0
     """CPU seconds that this process spent on making one shard look like another; the merge is not charged for them."""
+    counted: ClassVar[float] = 0.0
+    """CPU seconds of this process that are charged to units."""
     lock: ClassVar[Lock] = Lock()
 
     def __init__(self, out: Path, count: int) -> None:
@@ -140,23 +142,21 @@ TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard
 """File with CPU seconds and peak memory of every unit, the worker's start counted with its first."""
 
 
+def _timed_commit(folder: RunFolder, *work: Any, **more: Any) -> Receipt:
+    receipt = COMMIT(folder, *work, **more)
+    now = time.process_time() - Repeated.spent
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    with Path(folder.store.uri, TIMES).open("a") as file:
+        file.write(json.dumps([now - Repeated.counted, memory]) + "\n")
+    Repeated.counted = now
+    return receipt
+
+
 class Timed:
     """A partial merge that notes what its units cost, without what makes shards look different."""
 
     def merger(self, context: RepeatedContext) -> Any:
-        place, last = Path(self.place, TIMES), 0.0  # type: ignore[attr-defined]
-        Repeated.spent = 0.0
-
-        def commit(*work: Any, **more: Any) -> Receipt:
-            nonlocal last
-            receipt = COMMIT(*work, **more)
-            now = time.process_time() - Repeated.spent
-            with place.open("a") as file:
-                file.write(json.dumps([now - last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3]) + "\n")
-            last = now
-            return receipt
-
-        RunFolder.commit_shard = commit  # type: ignore[method-assign]
+        RunFolder.commit_shard = _timed_commit  # type: ignore[method-assign]
         return super().merger(context)  # type: ignore[misc]
 
 

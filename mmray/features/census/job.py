@@ -204,15 +204,15 @@ class CensusJob(ModelJob[CensusContext]):
 
         return analyse
 
-    def partial_merges(self, plan: Plan[CensusContext], parts: Parts) -> Sequence[PartialMerge]:
-        """Return the jobs that merge a large run."""
+    def partial_merges(self, plan: Plan[CensusContext], parts: Parts) -> Sequence[Sequence[PartialMerge]]:
+        """Return the jobs that merge a large run, by step."""
         one = plan.context
         return partial_merges(self.settings, parts, one.widths, one.module_widths, one.names, one.decoding)
 
     def merge(self, plan: Plan[CensusContext], parts: Parts, output: Output) -> dict[str, Any]:
         """Write the tables of the run."""
-        if jobs := self.partial_merges(plan, parts):
-            concepts, certified, among = put_together(jobs, plan.context.module_widths, output)
+        if steps := self.partial_merges(plan, parts):
+            concepts, certified, among = put_together(steps, plan.context.module_widths, output)
         else:
             concepts, certified, among = self._merge_all(plan.context, parts, output)
         receipts = parts.receipts.values()

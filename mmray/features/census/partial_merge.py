@@ -1,7 +1,7 @@
 """The merge of a large run as jobs, whose units are ranges: of shards for rows, of neurons, and of concepts.
 
-    rows             rows of the shards' tables, in order; where each concept occurs
     sums             totals, activity and examples of a range of neurons, over all shards in order
+    rows             rows of the shards' tables, in order; where each concept occurs
     rankings         a range of concepts over all shards in order, given the totals
     neuron_concepts  the rankings of a range of neurons
 
@@ -277,8 +277,8 @@ def partial_merges(
     module_widths: Mapping[str, Sequence[int]],
     names: NeuronNames,
     decoding: str,
-) -> list[PartialMerge]:
-    """Return the jobs that merge a run, each of which needs those before it; none if the run is small.
+) -> list[list[PartialMerge]]:
+    """Return the jobs that merge a run, by step, each of which needs those before it; none if the run is small.
 
     A run of which some shards were committed whole, by an earlier version, is merged by the driver alone.
     """
@@ -292,18 +292,20 @@ def partial_merges(
     cuts = cuts_of(of_shards, max(1, min(-(-size // CONCEPTS_EACH), len(of_shards) + 1)))
     ranges = neuron_ranges([widths, *module_widths.values()])
     starts = [first for first, _ in ranges]
-    units: dict[type[PartialMerge], list[Any]] = {
-        RowMerge: list(pairwise(_row_edges(receipts))),
-        SumMerge: [(number, *one) for number, one in enumerate(ranges)],
-        RankingMerge: list(pairwise(["", *cuts, None])),
-        NeuronConceptMerge: list(range(len(ranges))),
-    }
+    by_step: list[dict[type[PartialMerge], list[Any]]] = [
+        # The long units first, so that short ones fill the end, when some workers have none left.
+        {
+            SumMerge: [(number, *one) for number, one in enumerate(ranges)],
+            RowMerge: list(pairwise(_row_edges(receipts))),
+        },
+        {RankingMerge: list(pairwise(["", *cuts, None]))},
+        {NeuronConceptMerge: list(range(len(ranges)))},
+    ]
     # Units that were cut in another way are not these.
-    known = [receipts_digest(parts.receipts), settings.merge_settings(), list(units.values())]
+    known = [receipts_digest(parts.receipts), settings.merge_settings(), [list(units.values()) for units in by_step]]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    jobs: list[PartialMerge] = []
-    for kind, payloads in units.items():
-        earlier = {job.name: job.place for job in jobs}
+    steps: list[list[PartialMerge]] = []
+    for units in by_step:
         context = MergeContext(
             parts.folder.store.uri,
             tuple(parts.receipts),
@@ -312,20 +314,22 @@ def partial_merges(
             decoding,
             tuple(starts),
             tuple(within),
-            earlier,
+            earlier={job.name: job.place for step in steps for job in step},
         )
-        jobs.append(kind(settings, context, [Unit(1, payload) for payload in payloads], digest))
-    return jobs
+        steps.append(
+            [kind(settings, context, [Unit(1, each) for each in payloads], digest) for kind, payloads in units.items()]
+        )
+    return steps
 
 
 def put_together(
-    jobs: Sequence[PartialMerge], module_widths: Mapping[str, Sequence[int]], output: Output
+    steps: Sequence[Sequence[PartialMerge]], module_widths: Mapping[str, Sequence[int]], output: Output
 ) -> tuple[int, int, int]:
-    """Write the run's tables from what these jobs have committed.
+    """Write the run's tables from what the jobs of these steps have committed.
 
     Returns how many concepts there are, and the counts of `certified_counts`.
     """
-    made = {job.name: committed(job.place) for job in jobs}
+    made = {job.name: committed(job.place) for step in steps for job in step}
     for name in TABLES.keys() - {"neurons", "activity"}:
         files = [
             (parts, receipt, part)
@@ -338,7 +342,7 @@ def put_together(
             output.table_files(name, files)
         else:
             output.table(name, TABLES[name].empty_table())
-    context = jobs[0].context
+    context = steps[0][0].context
     totals, sums = whole(made["sums"], "sums"), NeuronSums.of(whole(made["sums"], "activity"))
     extremes = {name: list_values(totals[name])[0] for name in ("max", "min")}
     counts = pa.concat_tables(made["rankings"].each("counts"))
