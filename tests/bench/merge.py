@@ -49,14 +49,14 @@ from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
 from tests.bench import repeated
 from tests.bench.durability import base_memory, peak_memory
-from tests.bench.repeated import TIMES, Repeated, RepeatedContext, Timed
+from tests.bench.repeated import SAMPLES, TIMES, Repeated, RepeatedContext, Timed
 from tests.bench.writing import markdown, write
 
 WIDTHS = (11_008,) * 32
 NEURONS = sum(WIDTHS)
 KEPT = candidates_kept(None, NEURONS)
-DRAWN, SAMPLES, LISTED = 2, 256, 20
-"""Shards that are drawn; samples of each; neurons listed per occurrence."""
+DRAWN, LISTED = 2, 20
+"""Shards that are drawn; neurons listed per occurrence."""
 EXTREMES = 5
 
 

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy import ndarray
 
 from mmray.engine import Parts
 from mmray.features.census.partial_merge import MergeContext
@@ -25,7 +27,7 @@ from mmray.runs.pieces import whole_name
 from mmray.runs.tables import list_column
 from mmray.storage import LocalStore
 
-CONCEPTS = 600
+CONCEPTS, SAMPLES = 600, 256
 """Of a shard."""
 VOCABULARY = 20_000
 SAMPLED = 32
@@ -79,23 +81,25 @@ class Repeated(RunFolder):
     def _renamed(self, table: pa.Table, number: int, name: str, rows: slice) -> pa.Table:
         """Return a part of a drawn shard, or a piece with these rows, as that of a shard with this number."""
         if name == "captions":
-            ids = pa.array([f"{number:06d}-{row:04d}-0123456789abcdef" for row in range(len(table))])
-            digests = pa.array([f"{number:08x}{row // 5:08x}" for row in range(len(table))])
-            table = with_columns(table, sample_id=ids, image=digests)
+            table = with_columns(
+                table, sample_id=_named("-{:04d}-0123456789abcdef", number), image=_named("{:08x}", number, 5)
+            )
             return with_columns(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
         if whole_name(name) == "concepts":
             return with_columns(table, concept=pa.array(self.names(number)[rows]))
         if name == "occurrences":
             names = np.array(self.names(number), object)[table["token_id"].to_numpy()]
-            ids = [f"{number:06d}-{row:04d}-0123456789abcdef" for row in table["position"].to_pylist()]
-            return with_columns(table, concept=pa.array(names, pa.string()), sample_id=pa.array(ids))
+            ids = _named("-{:04d}-0123456789abcdef", number).take(table["position"].combine_chunks())
+            return with_columns(table, concept=pa.array(names, pa.string()), sample_id=ids)
         if whole_name(name) == "examples":
             column = table["activation"].combine_chunks()
             values = column.flatten().to_numpy().reshape(len(table), -1)
             # A neuron's activations of a shard grow and shrink together, each neuron's by itself.
-            generator = np.random.default_rng([number, int(name.partition(".")[2] or 0)])
-            scales = np.exp(generator.standard_normal(values.shape[1], np.float32) / 3)
-            return with_columns(table, activation=list_column(values * scales, column.type))
+            scales = _scales()
+            first = np.random.default_rng([number, int(name.partition(".")[2] or 0)]).integers(len(scales) // 2)
+            return with_columns(
+                table, activation=list_column(values * scales[first : first + values.shape[1]], column.type)
+            )
         return table
 
 
@@ -103,6 +107,21 @@ def with_columns(table: pa.Table, **columns: pa.Array) -> pa.Table:
     for name, column in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
+
+
+@cache
+def _endings(ending: str, each: int) -> pa.Array:
+    return pa.array([ending.format(row // each) for row in range(SAMPLES)])
+
+
+def _named(ending: str, number: int, each: int = 1) -> pa.Array:
+    """Return a text per sample of a shard; so many samples in turn share one."""
+    return pc.binary_join_element_wise(f"{number:08x}", _endings(ending, each), "")
+
+
+@cache
+def _scales() -> ndarray:
+    return np.exp(np.random.default_rng(0).standard_normal(1 << 20, np.float32) / 3)
 
 
 @cache
