@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray.errors import InputError
 
@@ -25,11 +30,21 @@ class NeuronNames:
 
     def name(self, layer: int, unit: int) -> str:
         """Return a neuron's name."""
+        return "".join(map(str, self._spelled(layer, unit)))
+
+    def names(self, layer: int, units: int) -> pa.StringArray:
+        """Return the names of a layer's neurons, given how many there are."""
+        spelled = self._spelled(layer, np.arange(units))
+        columns = [one if isinstance(one, str) else pa.array(one).cast(pa.string()) for one in spelled]
+        return pc.binary_join_element_wise(*columns, "")
+
+    def _spelled(self, layer: int, unit: Any) -> list[Any]:
+        """Return what the name of a neuron, or of several of a layer, is put together from: texts and numbers."""
         if (found := self._of_layer(layer)) is None:
-            return f"L{layer}.u{unit}"
+            return [f"L{layer}.u", unit]
         # The shared expert comes last, and may be wider than the routed ones.
-        expert = min(unit // found[1], found[0])
-        return f"L{layer}.e{expert}.u{unit - expert * found[1]}"
+        expert = np.minimum(unit // found[1], found[0])
+        return [f"L{layer}.e", expert, ".u", unit - expert * found[1]]
 
     def parse(self, name: str) -> tuple[int, int]:
         """Return (layer, unit) of a name, with or without the expert; raises InputError for anything else."""

@@ -18,6 +18,11 @@ def test_a_name_says_layer_and_unit(layer, unit):
     assert NAMES.parse(PLAIN.name(layer, unit)) == (layer, unit)
 
 
+@given(st.integers(0, 1), st.integers(0, 150))
+def test_names_of_a_layer_are_those_of_its_neurons(layer, units):
+    assert NAMES.names(layer, units).to_pylist() == [NAMES.name(layer, unit) for unit in range(units)]
+
+
 def test_units_are_counted_within_their_expert():
     assert NAMES.name(0, 50) == "L0.u50"
     assert NAMES.name(1, 50) == "L1.e2.u2"

@@ -47,14 +47,14 @@ def test_a_table_comes_back_with_its_nulls_and_its_metadata(present: list[list[b
         assert [field.metadata for field in read.schema] == [field.metadata for field in table.schema]
 
 
-def test_flat_columns_are_no_larger() -> None:
+def test_flat_columns_are_hardly_larger() -> None:
     random = np.random.default_rng(1)
     numbers = random.normal(size=(8, 30_000)).astype(np.float32)
     rising = np.sort(random.integers(0, 350_000, (8, 30_000)), axis=1)
     table = pa.table(
         {"x": list_column(numbers, pa.list_(pa.float32())), "n": list_column(rising, pa.list_(pa.int32()))}
     )
-    assert len(flat_bytes(table) or b"") < 1.01 * len(to_bytes(table))
+    assert len(flat_bytes(table) or b"") < 1.08 * len(to_bytes(table))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ class ConceptRankings:
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
         """Yield rows of `rankings`, concepts in alphabetical order, and the same as rows of BY_NEURON."""
-        threads = min(RANKERS, os.cpu_count() or 1)
+        # Ray tells a worker its share of the cores. With more threads than that, they spoil each other's caches.
+        threads = min(RANKERS, int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool:
             waiting: deque[Future[tuple[list[RankedNeurons], pa.Table]]] = deque()
             for concepts, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):

@@ -188,8 +188,7 @@ def rank_concept(
 
 def neuron_names(widths: Sequence[int], names: NeuronNames = PLAIN) -> pa.StringArray:
     """Return the names of all neurons, in order of their index."""
-    layer, unit = locate_index(widths, np.arange(sum(widths)))
-    return pa.array(map(names.name, layer.tolist(), unit.tolist()), pa.string())
+    return pa.concat_arrays([pa.array([], pa.string()), *(names.names(layer, w) for layer, w in enumerate(widths))])
 
 
 def ranking_table(

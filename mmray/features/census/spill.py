@@ -5,6 +5,7 @@ The sums of all concepts do not fit in memory, but those of a range of concepts 
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Spill:
     """Tables that are added shard by shard, and read range by range; rows of one key stay in the order of shards.
 
     `cuts` are the keys at which a new range starts. Little data stays in memory. The file has no name, so that nothing
-    is left of a merge that is killed. `scratch` may serve other spills once all ranges are read.
+    is left of a merge that is killed. `scratch` may serve other spills once nothing of this one is needed any more.
     """
 
     def __init__(self, schema: pa.Schema, cuts: Sequence[Any], scratch: ScratchFile | None = None) -> None:
@@ -84,11 +85,12 @@ class Spill:
             return
         self._flush()
         self._writer.close()
-        # Arrow's footer is the end of the file.
-        self._file.truncate()
-        self._file.seek(0)
-        reader = pa.ipc.open_file(pa.PythonFile(self._file, mode="r"))
+        self._file.flush()
+        size = self._file.tell()
         for number in range(len(self.cuts) + 1):
+            # Not read but mapped, which copies nothing; anew for each range, to use no memory for those before it.
+            mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
             places = range(number, self._flushes * (len(self.cuts) + 1), len(self.cuts) + 1)
             yield pa.Table.from_batches([reader.get_batch(place) for place in places])
         if not self._is_shared:
