@@ -113,14 +113,14 @@ class Examples:
         for first in range(0, len(changed), BLOCK):
             part = changed[first : first + BLOCK]
             new, index, places = (
-                np.stack([values[part] for values in rows]) for rows in (activation, sample, position)
+                np.stack([values.take(part) for values in rows]) for rows in (activation, sample, position)
             )
             self._add(part, (new, places, of.image[index], of.sample_id[index], of.shard_id[index]))
 
     def _add(self, neurons: Int64[ndarray, " neuron"], added: tuple[ndarray, ...]) -> None:
         """Add samples to some neurons: activation, position, image, sample id and shard, each [rank, neuron]."""
         held: tuple[ndarray, ...] = (self.activation, self.position, self.image, self.sample_id, self.shard_id)
-        before, after = [old[:, neurons] for old in held], list(added)
+        before, after = [np.take(old, neurons, axis=1) for old in held], list(added)
         # Of two samples of one image only the higher stays, or the earlier: the other sinks below every finite
         # activation. Those held have no two; those added do if samples without an image share an id.
         image = after[2]
@@ -131,8 +131,10 @@ class Examples:
         after[0][(same & ~higher).any(axis=0)] = -self.sign * np.inf
         grown = [np.vstack(both) for both in zip(before, after, strict=True)]
         order = np.argsort(-self.sign * grown[0], axis=0, kind="stable")[:EXAMPLES]
+        # Places in the flattened arrays, found once for all of them.
+        place = order * len(neurons) + np.arange(len(neurons))
         for old, values in zip(held, grown, strict=True):
-            old[:, neurons] = np.take_along_axis(values, order, 0)
+            old[:, neurons] = values.take(place)
 
     def extreme(self) -> ndarray:
         """Return each neuron's highest (lowest) activation, 0 if it has none."""
