@@ -146,15 +146,27 @@ def _edges(pieces: tuple[int, ...]) -> list[int]:
 def concepts_of(number: int, pieces: tuple[int, ...]) -> list[str]:
     """Return the concepts of a shard, in order: drawn without replacement, so many in each piece.
 
-    All shards of a run are cut at the same concepts.
+    All shards of a run are cut at the concepts of shard 0.
     """
+    names, _ = _nouns()
+    places = _drawn(number, _edges(pieces) if number == 0 else _edges_of_first(pieces), pieces)
+    return names[np.concatenate(places)].tolist()  # type: ignore[no-any-return]
+
+
+@cache
+def _edges_of_first(pieces: tuple[int, ...]) -> list[int]:
+    first = _drawn(0, _edges(pieces), pieces)
+    return [0, *(int(places[0]) for places in first[1:]), VOCABULARY]
+
+
+def _drawn(number: int, edges: Sequence[int], pieces: tuple[int, ...]) -> list[ndarray]:
+    """Return the places in the vocabulary of a shard's concepts, by piece, in order."""
     names, chances = _nouns()
     values = chances + np.random.default_rng(number).gumbel(size=len(names))
-    places = [
-        first + np.argpartition(-values[first:end], count - 1)[:count]
-        for (first, end), count in zip(pairwise(_edges(pieces)), pieces, strict=True)
+    return [
+        first + np.sort(np.argpartition(-values[first:end], count - 1)[:count])
+        for (first, end), count in zip(pairwise(edges), pieces, strict=True)
     ]
-    return names[np.sort(np.concatenate(places))].tolist()  # type: ignore[no-any-return]
 
 
 TIMES, COMMIT = "times.jsonl", RunFolder.commit_shard
