@@ -134,6 +134,11 @@ def _nouns() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
+def _noise() -> ndarray:
+    return np.random.default_rng(9).gumbel(size=1 << 22)
+
+
+@cache
 def _edges(pieces: tuple[int, ...]) -> list[int]:
     """Return where the vocabulary is cut, so that about so many of a shard's concepts lie in each piece."""
     names, chances = _nouns()
@@ -161,8 +166,10 @@ def _edges_of_first(pieces: tuple[int, ...]) -> list[int]:
 
 def _drawn(number: int, edges: Sequence[int], pieces: tuple[int, ...]) -> list[ndarray]:
     """Return the places in the vocabulary of a shard's concepts, by piece, in order."""
-    names, chances = _nouns()
-    values = chances + np.random.default_rng(number).gumbel(size=len(names))
+    _, chances = _nouns()
+    noise = _noise()
+    start = np.random.default_rng(number).integers(len(noise) - len(chances))
+    values = chances + noise[start : start + len(chances)]
     return [
         first + np.sort(np.argpartition(-values[first:end], count - 1)[:count])
         for (first, end), count in zip(pairwise(edges), pieces, strict=True)
