@@ -54,10 +54,10 @@ RANGES = len(neuron_ranges([WIDTHS]))
 LARGER = 5
 """Times the concepts and occurrences of a shard of `tests.bench.merge` that one of the default size has."""
 MERGES = (
-    Merge(LARGER * 0.017, sys.maxsize),
-    Merge(0.095, RANGES),
+    Merge(LARGER * 0.015, sys.maxsize),
+    Merge(0.09, RANGES),
     # To read a shard's concepts, and to rank them in 2,000 shards, where a concept has 60 rows.
-    Merge(LARGER * (0.09 + 600 / 60 * 0.007), MOST),
+    Merge(LARGER * (0.075 + 600 / 60 * 0.007), MOST),
 )
 """Jobs `rows`, `sums` and `rankings` (`tests.bench.merge`). The other one, and the driver, grow with the vocabulary."""
 
@@ -70,14 +70,14 @@ class Phases:
     """Per caption: the arithmetic and speed of `mmray plan` on COCO's validation captions."""
     captions: int = MOST_PER_SHARD
     """Per shard."""
-    parts: float = 14e3
+    parts: float = 16e3
     """Bytes per caption in a shard of the default size (`tests.bench.size`)."""
     upload: float = 100e6
     """Bytes per second that a replica sends to S3."""
     driver: float = 1.1e-3
     """The driver's time per shard on Ray (`tests.bench.engine --ray`)."""
     merges: tuple[Merge, ...] = MERGES
-    tables: float = 16
+    tables: float = 21
     """Of one core, to regroup the rankings of 20,000 concepts by neuron, and to copy all tables; from there, too."""
     life: float = 6 * 3600
     """Mean life of a replica, and how long until there is another, which has loaded the model."""

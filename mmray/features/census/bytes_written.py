@@ -13,9 +13,9 @@ from mmray.neurons.tables import EXAMPLES
 from mmray.runs.tables import part_to_bytes
 
 # Bytes below are of compressed columns, measured in a run of the demo.
-CANDIDATE, CANDIDATE_INDEX, CANDIDATE_SQUARES = 7.5, 1.3, 7.1
+CANDIDATE, CANDIDATE_INDEX, CANDIDATE_SQUARES = 8.5, 1.4, 7.5
 """Per neuron kept of a concept: sums; its index, if not all are kept; squares, if the concept occurs more than once."""
-ACTIVITY, TOTALS, EXAMPLE = 10.0, 14.0, 5.5
+ACTIVITY, TOTALS, EXAMPLE = 11.0, 14.0, 6.2
 """Per neuron: of a label and modality, of totals, and of one of its examples."""
 LISTED = 14.0
 """Per neuron listed at an occurrence."""
