@@ -81,9 +81,8 @@ class Repeated(RunFolder):
     def _renamed(self, table: pa.Table, number: int, name: str, rows: slice) -> pa.Table:
         """Return a part of a drawn shard, or a piece with these rows, as that of a shard with this number."""
         if name == "captions":
-            table = with_columns(
-                table, sample_id=_named("-{:04d}-0123456789abcdef", number), image=_named("{:08x}", number, 5)
-            )
+            ids, images = _named("-{:04d}-0123456789abcdef", number), _named("{:08x}", number, 5)
+            table = with_columns(table, sample_id=ids[: len(table)], image=images[: len(table)])
             return with_columns(table, shard_id=pa.array(np.full(len(table), number, np.int32)))
         if whole_name(name) == "concepts":
             return with_columns(table, concept=pa.array(self.names(number)[rows]))

@@ -67,8 +67,8 @@ class ConceptRankings:
 
     def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
         """Yield rows of `rankings`, concepts in alphabetical order, and the same as rows of BY_NEURON."""
-        # Ray tells a worker its share of the cores. With more threads than that, they spoil each other's caches.
-        threads = min(RANKERS, int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+        # With more threads than cores, they spoil each other's caches.
+        threads = min(RANKERS, cores())
         with ThreadPoolExecutor(threads) as pool:
             waiting: deque[Future[tuple[list[RankedNeurons], pa.Table]]] = deque()
             for concepts, uses in zip(self.concepts.ranges(), map(uses_by_concept, self.uses.ranges()), strict=True):
@@ -99,6 +99,13 @@ class ConceptRankings:
         self.certified = list(map(sum, zip(self.certified, certified_counts(rankings), strict=True)))
         index = pa.array(np.concatenate([one.neuron for one in ranked]))
         return rankings, rankings.select(TABLES["neuron_concepts"].names).append_column(INDEX, index)
+
+
+def cores() -> int:
+    """Return how many cores this process may use: Ray tells a worker its share in OMP_NUM_THREADS."""
+    # A user may give a list, one number per level of nesting.
+    share = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return (int(share) if share.isdecimal() else 0) or os.cpu_count() or 1
 
 
 def sorted_by_neuron(rows: pa.Table) -> pa.Table:

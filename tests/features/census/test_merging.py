@@ -165,8 +165,15 @@ def test_threads_and_pieces_change_no_table(open_model, shards, tables, monkeypa
     monkeypatch.setattr(neuron_sums, "BLOCK", 7)
     monkeypatch.setattr(concept_rankings, "TOGETHER", 1)
     monkeypatch.setattr(concept_rankings, "RANKERS", 3)
-    monkeypatch.setattr(concept_rankings.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(concept_rankings, "cores", lambda: 3)
     assert merged(open_model("llava"), shards, top_k=TOP) == tables
+
+
+@pytest.mark.parametrize(("share", "found"), [("3", 3), ("2,1", 2), ("", 5), ("0", 5), ("many", 5)])
+def test_a_worker_knows_its_share_of_the_cores(share, found, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", share)
+    monkeypatch.setattr(concept_rankings.os, "cpu_count", lambda: 5)
+    assert concept_rankings.cores() == found
 
 
 def test_places_of_neurons_go_through_layers_of_different_width():
