@@ -7,7 +7,8 @@ several samples of the shard show counts once per label: in the first of them th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mmray.models.prompting import Path, TokenSpan, row_count
 from mmray.neurons.tables import EXAMPLES, STATISTICS
-from mmray.neurons.token_sums import MODALITIES, Span, reduce_tokens, token_spans
+from mmray.neurons.token_sums import MODALITIES, Places, Span, reduce_tokens, token_spans
 
 NO_IMAGE = torch.iinfo(torch.int64).min
 """An image number that no sample has."""
@@ -45,23 +46,28 @@ class _Batch:
     spans: list[Span]
     images: Int[Tensor, " sample"]
     """Image number of each sample of the shard so far; the batch's own come last."""
+    groups: Int[Tensor, "group member"]
+    """Numbers in the batch of consecutive samples that show one image; smaller groups repeat their last."""
     repeats: bool
-    """Whether two of the batch's samples, or one and an earlier one, show the same image."""
+    """Whether two groups, or one and a sample of an earlier batch, show the same image."""
     layers: list[tuple[int, Float64[Tensor, "modality quantity label neuron"], Int[Tensor, " side"], Best]] = field(
         default_factory=list
     )
     """Reduced layers: sums by label, and the sides that improve with their best samples."""
     non_finite: list[Int[Tensor, " sample"]] = field(default_factory=list)
     """Per layer, how many neurons have sums over a sample's tokens that are not finite."""
-    moved: dict[torch.device, tuple[Tensor, list[Span], Tensor]] = field(default_factory=dict)
+    moved: dict[torch.device, tuple[_Batch, Places]] = field(default_factory=dict)
 
-    def on(
-        self, device: torch.device
-    ) -> tuple[Float[Tensor, "modality label sample"], list[Span], Int[Tensor, " sample"]]:
-        """Return membership, spans and images on a device; moved once per device that holds layers."""
+    def on(self, device: torch.device) -> tuple[_Batch, Places]:
+        """Return the batch with its tensors on a device, and its places; moved once per device that holds layers.
+
+        Its spans are in the order in which the first to reach a sample's extreme counts: texts come first.
+        """
         if device not in self.moved:
-            spans = [part for span in self.spans for part in span.on(device)]
-            self.moved[device] = self.membership.to(device), spans, self.images.to(device)
+            spans = [part for span in reversed(self.spans) for part in span.on(device)]
+            tensors = {name: getattr(self, name).to(device) for name in ("membership", "images", "groups")}
+            batch = replace(self, spans=spans, moved={}, **tensors)
+            self.moved[device] = batch, Places.of(spans, self.membership.shape[2])
         return self.moved[device]
 
 
@@ -81,7 +87,8 @@ class TokenStatistics:
         self.images: list[int] = []
         self._numbers: dict[str, int] = {}
         self._shown: set[tuple[int, int]] = set()
-        self._batch = _Batch(0, [], torch.zeros(len(MODALITIES), 0, 0), set(), [], torch.zeros(0), False)
+        none = torch.zeros(0)
+        self._batch = _Batch(0, [], torch.zeros(len(MODALITIES), 0, 0), set(), [], none, none, False)
 
     @property
     def samples(self) -> int:
@@ -109,35 +116,44 @@ class TokenStatistics:
             for number, image in enumerate(images or [None] * len(labels), self.samples)
         ]
         # Matrices: one product adds samples up by label.
-        membership = torch.zeros(len(MODALITIES), len(self.labels), len(labels))
+        membership = np.zeros((len(MODALITIES), len(self.labels), len(labels)), np.float32)
         shown: set[tuple[int, int]] = set()
         for row, (image, indices) in enumerate(zip(own, members, strict=True)):
             new = {(label, image) for label in indices} - self._shown - shown
             shown |= new
             membership[MODALITIES.index("image"), [label for label, _ in new], row] = 1
             membership[MODALITIES.index("text"), indices, row] = 1
-        counted = membership[MODALITIES.index("image")].any(dim=0).nonzero()[:, 0].tolist()
+        counted = membership[MODALITIES.index("image")].any(axis=0).nonzero()[0].tolist()
         kept = [span for span in spans if span.modality == "text" or span.row in counted]
-        # Numbers of the batch come last, where `improved` looks for them.
-        rows, numbers = row_count(len(labels), paths), torch.tensor([*self.images, *own])
-        repeats = len(set(own)) < len(own) or not set(own).isdisjoint(self.images)
-        found = token_spans(kept, len(labels), paths, counted)
-        self._batch = _Batch(rows, kept, membership, shown, found, numbers, repeats)
+        groups = [list(members) for _, members in groupby(range(len(own)), key=own.__getitem__)]
+        largest = max(map(len, groups), default=0)
+        padded = [[*members, *members[-1:] * (largest - len(members))] for members in groups]
+        self._batch = _Batch(
+            row_count(len(labels), paths),
+            kept,
+            torch.from_numpy(membership),
+            shown,
+            token_spans(kept, len(labels), paths, counted),
+            # The batch's own come last, where `improved` looks for them.
+            torch.tensor([*self.images, *own]),
+            torch.tensor(padded, dtype=torch.long).reshape(len(groups), largest),
+            repeats=len(set(own)) < len(groups) or not set(own).isdisjoint(self.images),
+        )
 
     @torch.inference_mode()
     def add(self, layer: int, activation: Float[Tensor, "row neuron"], gate: Float[Tensor, "row neuron"]) -> None:
         """Reduce one layer of the announced batch; a neuron is active where its gate is positive."""
         batch = self._batch
         values, gates = (part.reshape(batch.rows, -1, part.shape[-1]) for part in (activation, gate))
-        membership, spans, images = batch.on(values.device)
-        by_sample, reached = reduce_tokens(values, gates, spans)
+        local, places = batch.on(values.device)
+        by_sample, reached = reduce_tokens(values, gates, local.spans)
         # The squares show both: values that are not finite, and those whose square overflows fp32.
         batch.non_finite.append((~by_sample[:, 2].sum(0).isfinite()).sum(1))
         # fp64 from here on: sums over millions of tokens must not depend on their order.
-        by_label = (membership[:, None] @ by_sample).double()
+        by_label = (local.membership[:, None] @ by_sample).double()
         if layer not in self.extremes:
             self.extremes[layer] = _Extremes(self.widths[layer], values.device)
-        better = self.extremes[layer].improved(values, reached, spans, images, repeats=batch.repeats)
+        better = self.extremes[layer].improved(values, reached, local, places)
         batch.layers.append((layer, by_label, *better))
 
     def non_finite(self) -> list[int]:
@@ -212,28 +228,25 @@ class _Extremes:
 
     def improved(
         self,
-        values: Float[Tensor, "sample position neuron"],
+        values: Float[Tensor, "row place neuron"],
         reached: Float[Tensor, "span sample side"],
-        spans: Sequence[Span],
-        images: Int[Tensor, " sample"],
-        *,
-        repeats: bool,
+        batch: _Batch,
+        places: Places,
     ) -> tuple[Int[Tensor, " side"], Best]:
-        """Return the sides that a batch improves, and their new best samples, each of another image.
-
-        `images` has the image number of each sample of the shard so far; the batch's own come last. Without `repeats`
-        none of these occurred before.
-        """
+        """Return the sides that a batch improves, and their new best samples, each of another image."""
         highest, width = reached.amax(0), values.shape[2]
-        first = len(images) - len(highest)
-        sides = (highest.amax(0) > self.best.activation[-1]).nonzero()[:, 0]
+        first = len(batch.images) - len(highest)
+        # Consecutive samples of an image are one candidate: in rows that they share, there are no others.
+        of_image = highest if len(batch.groups) == len(highest) else highest[batch.groups].amax(1)
+        sides = (of_image.amax(0) > self.best.activation[-1]).nonzero()[:, 0]
         held, sample, position = (
             part.index_select(1, sides) for part in (self.best.activation, self.best.sample, self.best.position)
         )
-        candidates = torch.cat([held, highest.index_select(1, sides)])
+        candidates = torch.cat([held, of_image.index_select(1, sides)])
         image = None
-        if repeats:
-            image = torch.cat([images[sample], images[first:, None].expand(-1, len(sides))])
+        if batch.repeats:
+            own = batch.images[first + batch.groups[:, :1]]
+            image = torch.cat([batch.images[sample], own.expand(-1, len(sides))])
             # Empty ranks have sample 0: they must not stand in for its image.
             image.masked_fill_(candidates == -torch.inf, NO_IMAGE)
         activation, index = _highest_of_images(candidates, image)
@@ -241,23 +254,19 @@ class _Extremes:
         sample, position = sample.gather(0, kept), position.gather(0, kept)
         # The inverse of `index`: the rank of each candidate, −1 for none. Ranks without a candidate point at a row of
         # those held, and only the batch's own rows are read below.
-        ranks = index.new_full((EXAMPLES + len(highest), len(sides)), -1)
+        ranks = index.new_full((len(candidates), len(sides)), -1)
         ranks.scatter_(0, index, torch.arange(EXAMPLES, device=index.device)[:, None].expand_as(index))
-        # `nonzero` goes sample by sample, so that the reads below stay in the CPU's cache.
-        row, column = (ranks[EXAMPLES:] >= 0).nonzero(as_tuple=True)
-        rank = ranks[EXAMPLES + row, column]
-        sample[rank, column] = (row + first).int()
+        # `nonzero` goes image by image, so that the reads below stay in the CPU's cache.
+        group, column = (ranks[EXAMPLES:] >= 0).nonzero(as_tuple=True)
+        rank, side, members = ranks[EXAMPLES + group, column], sides[column], batch.groups[group]
+        # Of an image's samples the first that reaches its extreme counts, and of positions the first of its text's.
+        reaching = highest[members, side[:, None]].max(dim=1, keepdim=True).indices
+        own = members.gather(1, reaching)[:, 0]
+        sample[rank, column] = (own + first).int()
         # Positions are looked up only for the few samples that enter a ranking.
-        # Of equal ones the first of a modality counts, and that of a text rather than an image's: written last.
-        for span, extremes in sorted(
-            zip(spans, reached, strict=True), key=lambda pair: (pair[0].modality, -pair[0].start)
-        ):
-            found = activation[rank, column]
-            here = ((extremes[row, sides[column]] == found) & (found > -torch.inf)).nonzero()[:, 0]
-            if len(here):
-                side = sides[column[here]]
-                along = span.along(values, row[here], side % width, 1.0 - 2.0 * (side >= width))
-                position[rank[here], column[here]] = (span.start + along.max(dim=0).indices).int()
+        within = reached.flatten(1).index_select(1, own * len(highest[0]) + side).max(dim=0).indices
+        signs = 1.0 - 2.0 * (side >= width)
+        position[rank, column] = places.first_highest(values, within, own, side % width, signs).int()
         return sides, Best(activation, sample, position)
 
     def replace(self, sides: Int[Tensor, " side"], better: Best) -> None:

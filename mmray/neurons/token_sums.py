@@ -30,13 +30,16 @@ class Span:
     mask: Float[Tensor, "sample 1 position"]
     """1 where the position holds such a token."""
     outside: Float[Tensor, "sample position 1"] | None
-    """-inf where it does not, else 0; None if every position holds one."""
+    """-inf where it does not, else 0; None if extremes over all positions are those of the tokens."""
     samples: Int[Tensor, " sample"] | None = None
     """Their numbers in the batch; None: all samples."""
     rows: Int[Tensor, " sample"] | None = None
     """Their rows; None: one each, in order."""
     columns: Int[Tensor, "sample position"] | None = None
-    """Places of the positions in the row; None: the positions themselves."""
+    """Places of the positions in the row; None: the positions themselves.
+
+    A position without a token has the place of the sample's first, which changes no extreme.
+    """
 
     def on(self, device: torch.device) -> list[Span]:
         """Return the span with its tensors on the device, on a CPU in blocks of positions."""
@@ -51,10 +54,12 @@ class Span:
     def _block(self, start: int) -> Span:
         stop = min(start + BLOCK, self.stop)
         part = slice(start - self.start, stop - self.start)
-        mask = self.mask[:, :, part]
-        outside = None if self.outside is None or mask.all() else self.outside[:, part]
-        columns = None if self.columns is None else self.columns[:, part]
-        return replace(self, start=start, stop=stop, mask=mask, outside=outside, columns=columns)
+        mask, columns = self.mask[:, :, part], self.columns
+        if columns is not None:
+            columns = _without_gaps(columns[:, part], mask)
+        return replace(
+            self, start=start, stop=stop, mask=mask, outside=_outside(mask, gaps=columns is None), columns=columns
+        )
 
     def read(self, values: Float[Tensor, "row place neuron"], part: slice) -> Float[Tensor, "sample position neuron"]:
         """Return the values of some of the samples; a view where rows are read as they are."""
@@ -62,24 +67,61 @@ class Span:
             return values[self.rows[part, None], self.columns[part]]
         return values[part if self.rows is None else self.rows[part], self.start : self.stop]
 
-    def along(
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples' tokens of each span are."""
+
+    starts: Int[Tensor, " span"]
+    rows: Int[Tensor, "span sample"]
+    columns: Int[Tensor, "position span sample"]
+    """Places in the row; -1 where the sample has no token of the span."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], samples: int) -> Places:
+        """Return the places of spans that are on one device."""
+        device = spans[0].mask.device
+        longest = max(span.stop - span.start for span in spans)
+        starts = torch.tensor([span.start for span in spans], device=device)
+        rows = torch.zeros(len(spans), samples, dtype=torch.long, device=device)
+        columns = torch.full((longest, len(spans), samples), -1, device=device)
+        for number, span in enumerate(spans):
+            own = torch.arange(samples, device=device) if span.samples is None else span.samples
+            rows[number, own] = torch.arange(len(own), device=device) if span.rows is None else span.rows
+            places = torch.arange(span.start, span.stop, device=device) if span.columns is None else span.columns
+            columns[: span.stop - span.start, number, own] = torch.where(span.mask[:, 0] > 0, places, -1).T
+        return cls(starts, rows, columns)
+
+    def first_highest(
         self,
         values: Float[Tensor, "row place neuron"],
+        spans: Int[Tensor, " n"],
         samples: Int[Tensor, " n"],
         neurons: Int[Tensor, " n"],
         signs: Float[Tensor, " n"],
-    ) -> Float[Tensor, "position n"]:
-        """Return one neuron's values times a sign at the positions of one sample each; -inf outside the modality."""
-        own = samples if self.samples is None else torch.searchsorted(self.samples, samples)
-        rows = own if self.rows is None else self.rows[own]
-        places = torch.arange(self.start, self.stop, device=values.device)[:, None]
-        if self.columns is not None:
-            places = self.columns[own].T
+    ) -> Int[Tensor, " n"]:
+        """Return the first position of one span of a sample each where a neuron's value times a sign is highest."""
+        columns = self.columns[:, spans, samples]
         # By places in the flat tensor: on a CPU several times as fast as by three indices.
-        flat = (rows * values.shape[1] + places) * values.shape[2] + neurons
-        found = values.reshape(-1).index_select(0, flat.reshape(-1)).reshape(flat.shape)
-        found = found.float() * signs
-        return found if self.outside is None else found + self.outside[own, :, 0].T
+        flat = columns * values.shape[2] + (self.rows[spans, samples] * values.shape[1] * values.shape[2] + neurons)
+        found = values.reshape(-1).index_select(0, flat.clamp_(min=0).reshape(-1)).reshape(flat.shape)
+        found = (found.float() * signs).masked_fill_(columns < 0, -torch.inf)
+        # On a CPU `max` finds them in a fraction of the time of `argmax`.
+        return self.starts[spans] + found.max(dim=0).indices
+
+
+def _outside(mask: Float[Tensor, "sample 1 position"], *, gaps: bool) -> Float[Tensor, "sample position 1"] | None:
+    """Return what extremes need to add; with `gaps`, positions without a token hold others' values."""
+    if mask.all() if gaps else mask.any(dim=2).all():
+        return None
+    return torch.where(mask > 0, 0.0, -torch.inf).transpose(1, 2)
+
+
+def _without_gaps(
+    columns: Int[Tensor, "sample position"], mask: Float[Tensor, "sample 1 position"]
+) -> Int[Tensor, "sample position"]:
+    """Return the columns with those of each sample's first token where it has none."""
+    return torch.where(mask[:, 0] > 0, columns, columns.gather(1, mask.argmax(dim=2)))
 
 
 def token_spans(
@@ -104,21 +146,22 @@ def token_spans(
         mask = torch.zeros(len(own), stop - start)
         for part in parts:
             mask[number[part.row], part.start - start : part.stop - start] = 1
-        outside = None if mask.all() else torch.where(mask > 0, 0.0, -torch.inf)[:, :, None]
+        mask = mask[:, None]
         rows, columns = own if paths is None else [paths[sample].row for sample in own], None
         if paths is not None and modality == "text":
             columns = torch.zeros(len(own), stop - start, dtype=torch.long)
             for line, sample in enumerate(own):
                 places = paths[sample].positions[start:stop]
                 columns[line, : len(places)] = torch.tensor(places)
+            columns = _without_gaps(columns, mask)
         as_they_are = columns is None and rows == list(range(row_count(samples, paths)))
         spans.append(
             Span(
                 index,
                 start,
                 stop,
-                mask[:, None],
-                outside,
+                mask,
+                _outside(mask, gaps=columns is None),
                 samples=None if len(own) == samples else torch.tensor(own, dtype=torch.long),
                 rows=None if as_they_are else torch.tensor(rows, dtype=torch.long),
                 columns=columns,

@@ -10,7 +10,7 @@ for no logits but those of the concepts and for no cache; the second row is a pl
 Without a GPU there is a worker per core, with one thread, as in a census; `--workers` says how many. Rates are of all
 workers together. On a machine that does other work too, CPU time says more.
 
-`python -m tests.bench.census captions [--images 48]` compares captions of one image in one row with a row each: the
+`python -m tests.bench.census captions [--images 192]` compares captions of one image in one row with a row each: the
 demo's scenes with five captions each, as COCO JSON, from encoded images to committed parts, in turns.
 
 `python -m tests.bench.census plan` compares what `mmray plan` says, by arithmetic and by `--measure`, with what a
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo")
     parser.add_argument("--samples", type=int, default=500, help="of a shard")
     parser.add_argument("--shards", type=int, default=3, help="of the part forward")
-    parser.add_argument("--images", type=int, default=48, help="of the part captions")
+    parser.add_argument("--images", type=int, default=192, help="of the part captions")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     cores = [None] if torch.cuda.is_available() else sorted(os.sched_getaffinity(0))

@@ -134,12 +134,11 @@ class ConceptSums:
             return
         self._n += len(own)
         rows = [self._rows[concept] for concept in own]
-        # Each concept's first occurrence, then each one's second, and so on: rows of a turn are distinct, so that
-        # index_add_ adds in a fixed order on a GPU too.
-        turns = _turns(rows)
         for layer, (score, active) in enumerate(zip(scores, activation, strict=True)):
             sums = self._with_room(layer, score.device)
-            for turn in turns:
+            # Each concept's first occurrence, then each one's second, and so on: rows of a turn are distinct, so that
+            # index_add_ adds in a fixed order on a GPU too. A CPU adds one after another.
+            for turn in [range(len(own))] if score.device.type == "cpu" else _turns(rows):
                 places = torch.tensor(turn, device=score.device)
                 at = torch.tensor([rows[number] for number in turn], device=score.device)
                 wide = score[part][places].double()
