@@ -165,20 +165,35 @@ def tokenize_caption(model: LoadedModel, prompt: str, caption: str) -> tuple[lis
 
     If the space between the two is a token of its own, it comes first and covers nothing.
     """
-    # Tokenised together: many tokenizers encode the first word differently at the start of a text.
-    full_prompt = prompt + habits_of(model.network.config).prompt_end
-    apart = not full_prompt or full_prompt[-1].isspace() or caption[:1].isspace()
-    before = full_prompt if apart else full_prompt + " "
+    return tokenize_captions(model, [prompt], [caption])[0]
+
+
+def tokenize_captions(
+    model: LoadedModel, prompts: Sequence[str], captions: Sequence[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Return what `tokenize_caption` does for each; a call of a tokenizer takes longer than a caption."""
+    if not prompts:
+        return []
+    # Tokenised together with the prompt: many tokenizers encode the first word differently at the start of a text.
+    full_prompts = [prompt + habits_of(model.network.config).prompt_end for prompt in prompts]
+    befores = [
+        full if not full or full[-1].isspace() or caption[:1].isspace() else full + " "
+        for full, caption in zip(full_prompts, captions, strict=True)
+    ]
     # Not verbose: a text may be longer than the tokenizer expects, because it is cut into windows.
     encoded: Any = model.tokenizer(
-        before + caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        [before + caption for before, caption in zip(befores, captions, strict=True)],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
     )
-    ids, offsets = [], []
-    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if stop > len(full_prompt):
-            ids.append(token)
-            offsets.append((max(0, start - len(before)), max(0, stop - len(before))))
-    return ids, offsets
+    found = []
+    columns = zip(full_prompts, befores, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for full_prompt, before, tokens, places in columns:
+        own = [pair for pair in zip(tokens, places, strict=True) if pair[1][1] > len(full_prompt)]
+        offsets = [(max(0, start - len(before)), max(0, stop - len(before))) for _, (start, stop) in own]
+        found.append(([token for token, _ in own], offsets))
+    return found
 
 
 def encode(

@@ -81,7 +81,7 @@ class Places:
     def of(cls, spans: Sequence[Span], samples: int) -> Places:
         """Return the places of spans that are on one device."""
         device = spans[0].mask.device
-        longest = max(span.stop - span.start for span in spans)
+        longest = max(1, *(span.stop - span.start for span in spans))
         starts = torch.tensor([span.start for span in spans], device=device)
         rows = torch.zeros(len(spans), samples, dtype=torch.long, device=device)
         columns = torch.full((longest, len(spans), samples), -1, device=device)
@@ -148,7 +148,7 @@ def token_spans(
             mask[number[part.row], part.start - start : part.stop - start] = 1
         mask = mask[:, None]
         rows, columns = own if paths is None else [paths[sample].row for sample in own], None
-        if paths is not None and modality == "text":
+        if paths is not None and modality == "text" and parts:
             columns = torch.zeros(len(own), stop - start, dtype=torch.long)
             for line, sample in enumerate(own):
                 places = paths[sample].positions[start:stop]

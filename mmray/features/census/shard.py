@@ -25,7 +25,7 @@ from mmray.models.generation import caption_of, generate
 from mmray.models.loading import LoadedModel
 from mmray.models.packing import encode_shared
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
-from mmray.models.prompting import POSITIONS, Batch, TokenSpan, encode, prefix_before, prompt_text, tokenize_caption
+from mmray.models.prompting import POSITIONS, Batch, TokenSpan, encode, prefix_before, prompt_text, tokenize_captions
 from mmray.models.windows import window_of, windows
 from mmray.neurons.concepts import Mention, NounSource
 from mmray.neurons.module_activity import ModuleActivity
@@ -169,10 +169,20 @@ class ShardAnalysis:
             whole = len(pieces) == 1
             yield from [sample] if whole else (sample.window(number, text) for number, text in enumerate(pieces))
 
-    def _caption(self, sample: Sample) -> Captioned | None:
-        """Return the sample with its dataset caption, nouns and tokens; None if the caption can't be used."""
-        prompt = self._prompt(sample, image=sample.image is not None)
-        tokens, offsets = tokenize_caption(self.model, prompt, sample.caption)
+    def _captioned(self, samples: Sequence[Sample]) -> list[Captioned]:
+        """Return the samples with their dataset captions, nouns and tokens, without those that can't be used."""
+        prompts = [self._prompt(sample, image=sample.image is not None) for sample in samples]
+        tokenized = tokenize_captions(self.model, prompts, [sample.caption for sample in samples])
+        found = (
+            self._caption(sample, prompt, *tokens)
+            for sample, prompt, tokens in zip(samples, prompts, tokenized, strict=True)
+        )
+        return [captioned for captioned in found if captioned is not None]
+
+    def _caption(
+        self, sample: Sample, prompt: str, tokens: list[int], offsets: list[tuple[int, int]]
+    ) -> Captioned | None:
+        """Return the sample with its dataset caption's nouns and tokens; None if the caption can't be used."""
         if not tokens:
             self._fail(sample, "read", f"the tokenizer returns no token for the caption {sample.caption!r}")
             return None
@@ -208,8 +218,7 @@ class ShardAnalysis:
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Captioned], Batch]]:
         """Yield batches of similar length; a thread prepares the next one while the model runs this one."""
-        parts = (part for sample in samples for part in self._parts(sample))
-        captioned = [found for part in parts if (found := self._caption(part)) is not None]
+        captioned = self._captioned([part for sample in samples for part in self._parts(sample)])
         with ThreadPoolExecutor(1) as pool:
             pending: deque[Future[list[Encoded]]] = deque()
             for chunk in self._batches(captioned):

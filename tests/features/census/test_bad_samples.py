@@ -12,6 +12,7 @@ from mmray.data.samples import Failure
 from mmray.features.census import shard
 from mmray.features.census.tables import SUMS
 from mmray.models import generation
+from mmray.models.prompting import tokenize_caption
 from mmray.neurons import scoring
 from mmray.neurons.concepts import NounSource
 from mmray.runs.tables import list_values
@@ -169,8 +170,13 @@ def test_captions_that_can_t_be_used_are_errors(open_model):
 
 def test_a_caption_without_tokens_is_an_error(open_model, monkeypatch):
     model = open_model("llava")
-    tokenize = shard.tokenize_caption
-    monkeypatch.setattr(shard, "tokenize_caption", lambda *call: ([], []) if call[2] == "\u200b" else tokenize(*call))
+    tokenize = shard.tokenize_captions
+
+    def without_zero_width(model, prompts, captions):
+        found = zip(tokenize(model, prompts, captions), captions, strict=True)
+        return [([], []) if caption == "\u200b" else tokens for tokens, caption in found]
+
+    monkeypatch.setattr(shard, "tokenize_captions", without_zero_width)
     tables = analyse(model, [*samples(3), sample(9, "\u200b")])
     assert stages(tables) == {("s9", "read")}
     same(tables, analyse(model, samples(3)))
@@ -227,7 +233,7 @@ def test_a_sample_that_can_t_be_run_is_left_out_alone(open_model, monkeypatch, p
     model = open_model("llava")
     culprits = {CAPTIONS[3], CAPTIONS[7]}
     expected = analyse(model, [entry for entry in samples() if entry.caption not in culprits])
-    wanted = {tuple(shard.tokenize_caption(model, "x", caption)[0]) for caption in culprits}
+    wanted = {tuple(tokenize_caption(model, "x", caption)[0]) for caption in culprits}
 
     def holds(batch_tokens):
         return any(tuple(tokens) in wanted for tokens in batch_tokens)

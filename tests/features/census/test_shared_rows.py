@@ -11,6 +11,7 @@ import torch
 
 from mmray.features.census import shard
 from mmray.features.census.tables import SUMS
+from mmray.models.prompting import tokenize_caption
 from mmray.neurons import row_sharing, scoring
 from mmray.neurons.concepts import NounSource
 from mmray.neurons.row_sharing import RowSharing
@@ -191,7 +192,7 @@ def test_a_forward_without_memory_is_tried_in_halves(open_model, monkeypatch, la
 def test_a_caption_that_can_t_be_run_costs_itself_alone(open_model, monkeypatch, place):
     model, sharing = open_model("llava"), RowSharing(open_model("llava"))
     assert not sharing.problem
-    wanted = shard.tokenize_caption(model, "x", SPOILT)[0]
+    wanted = tokenize_caption(model, "x", SPOILT)[0]
     if place == "forward":
         refusing = Refusing(scoring.forward, lambda _, batch: wanted in batch.tokens, MEMORY)
         monkeypatch.setattr(scoring, "forward", refusing)
@@ -213,7 +214,7 @@ def test_a_number_that_is_not_finite_costs_its_own_caption_alone(open_model, num
     expected = analyse(model, several())
     assert not sharing.problem
     (token,) = model.tokenizer("~", add_special_tokens=False)["input_ids"]
-    assert token in shard.tokenize_caption(model, "x", SPOILT)[0]
+    assert token in tokenize_caption(model, "x", SPOILT)[0]
     weight = model.network.get_input_embeddings().weight
     before = weight[token].clone()
     try:
