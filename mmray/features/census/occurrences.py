@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import pyarrow as pa
 import torch
@@ -15,6 +16,9 @@ from mmray.models.generation import token_text
 from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
 from mmray.neurons.token_positions import TokenPosition
+
+COPIED = 2**24
+"""Scores copied at a time: 64 MB."""
 
 
 def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
@@ -56,12 +60,18 @@ def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], sco
 def _highest(scored: Scored, count: int) -> tuple[Float[Tensor, "position highest"], Int64[Tensor, "position highest"]]:
     """Return each position's highest scores, and the neurons' places over all layers."""
     device = scored.scores[0].device  # the layers of a model over several GPUs lie on different ones
-    # Layer by layer: with a copy of all scores, a batch would take the most memory here.
     values, index, start = [], [], 0
-    for part in scored.scores:
-        found, unit = top(part, min(count, part.shape[1]))
-        values.append(found.to(device))
-        index.append(unit.to(device) + start)
-        start += part.shape[1]
+    for _, group in groupby(scored.scores, key=lambda part: part.device):
+        layers = list(group)
+        width = sum(part.shape[1] for part in layers)
+        # Some positions at a time: with a copy of all scores, a batch would take the most memory here.
+        found = [
+            top(torch.cat(some, dim=1), min(count, width))
+            for some in zip(*(torch.split(part, max(1, COPIED // width)) for part in layers), strict=True)
+        ]
+        highest, neurons = (torch.cat(column).to(device) for column in zip(*found, strict=True))
+        values.append(highest)
+        index.append(neurons + start)
+        start += width
     best = torch.cat(values, dim=1).topk(count, dim=1)
     return best.values.cpu(), torch.cat(index, dim=1).gather(1, best.indices).cpu()
