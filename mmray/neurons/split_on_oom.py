@@ -60,12 +60,15 @@ def free_memory() -> None:
 
 
 @contextmanager
-def heap_kept() -> Iterator[None]:
-    """Keep what is freed inside the block for what is allocated next, until `trim_heap`; of effect with glibc alone.
+def heap_kept(device: torch.device) -> Iterator[None]:
+    """Keep what is freed inside the block for what is allocated next, until `trim_heap`.
 
-    By itself it returns tensors of 32 MB to the system at once. The fresh pages of the next ones cost as much as a
-    narrow model's arithmetic.
+    Of effect with glibc and a model on a CPU alone. By itself glibc returns tensors of 32 MB to the system at once. The
+    fresh pages of the next ones cost as much as a narrow model's arithmetic.
     """
+    if device.type != "cpu":
+        yield
+        return
     _set_heap(KEPT)
     try:
         yield

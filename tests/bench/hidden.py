@@ -82,7 +82,7 @@ def measured(hidden: int, arguments: argparse.Namespace) -> dict[str, float]:
         bench.plain(prepared[:1])
         for _ in range(arguments.rounds):
             seconds = {PLAIN: bench.plain(prepared)}
-            with heap_kept():
+            with heap_kept(bench.model.device):
                 seconds[KEPT] = bench.plain(prepared)
             with timed() as spent:
                 seconds["census"] = bench.census()[0]

@@ -259,7 +259,7 @@ def run(arguments: argparse.Namespace, out: str) -> str:
     above = peak["gpu"] - weights if cuda else peak["host"] - loaded
     prepared = [batch for _, batch in bench.analysis().encoded(bench.samples)]
     forwards = [bench.plain(prepared)]
-    with heap_kept():
+    with heap_kept(bench.model.device):
         kept = bench.plain(prepared)
     for _ in range(arguments.rounds - 1):
         censuses.append(bench.census())

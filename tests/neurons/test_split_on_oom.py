@@ -23,7 +23,7 @@ def new_pages() -> int:
 
 def pages_of_steps() -> list[int]:
     """Return the new pages of a second tensor, and of ones after trimming to `FREED`, to less, and after the block."""
-    with heap_kept():
+    with heap_kept(torch.device("cpu")):
         new_pages()
         pages = [new_pages()]
         trim_heap(FREED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress, groupby, pairwise
 from typing import TypeAlias, TypeVar
@@ -104,7 +104,7 @@ class ShardAnalysis:
 
         A caption without a noun is not a failure; `skipped` counts it.
         """
-        with heap_kept() if self.model.device.type == "cpu" else nullcontext():
+        with heap_kept(self.model.device):
             self._collect_parts(samples)
         self.skipped[NO_NOUN] += list(self.named.values()).count(False)
 

@@ -30,6 +30,7 @@ from mmray.models.prompting import Batch, encode, prompt_text, tokenize_caption
 from mmray.neurons.cloze import cloze
 from mmray.neurons.concepts import Mention, NounSource, find_forms, noun_source, object_forms
 from mmray.neurons.model import NeuronModel, load_model, open_image
+from mmray.neurons.split_on_oom import heap_kept
 from mmray.runs.run import Run
 
 BATCH_ROWS = 32
@@ -222,7 +223,8 @@ class EditDataset:
             # Without an image a prompt is short, and most of the time goes to reading weights.
             most = (4 if text_only else 2) * BATCH_ROWS
             for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, most):
-                written += self._write_batch(batch, longest, cache=cache)
+                with heap_kept(self.model.device):
+                    written += self._write_batch(batch, longest, cache=cache)
         return [found for _, found in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]
 
     def _write_batch(
