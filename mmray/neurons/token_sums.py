@@ -15,6 +15,8 @@ from mmray.models.prompting import Path, TokenSpan, row_count
 MODALITIES = ("image", "text")
 CACHED, COPIED = 2**17, 2**26
 """Values reduced at a time: 0.5 MB per thread on a CPU, which its cache holds twice; 256 MB on a GPU."""
+READ = 2**20
+"""Values of single tokens read at a time: each takes about 24 bytes."""
 BLOCK = 16
 """Positions reduced at a time on a CPU. With more, values of a wide layer would be read from memory at each pass."""
 
@@ -101,6 +103,18 @@ class Places:
         signs: Float[Tensor, " n"],
     ) -> Int[Tensor, " n"]:
         """Return the first position of one span of a sample each where a neuron's value times a sign is highest."""
+        # A few at a time: in a shard's first batches there are five per neuron.
+        parts = (torch.split(one, max(1, READ // len(self.columns))) for one in (spans, samples, neurons, signs))
+        return torch.cat([self._first_highest(values, *part) for part in zip(*parts, strict=True)])
+
+    def _first_highest(
+        self,
+        values: Float[Tensor, "row place neuron"],
+        spans: Int[Tensor, " n"],
+        samples: Int[Tensor, " n"],
+        neurons: Int[Tensor, " n"],
+        signs: Float[Tensor, " n"],
+    ) -> Int[Tensor, " n"]:
         columns = self.columns[:, spans, samples]
         # By places in the flat tensor: on a CPU several times as fast as by three indices.
         flat = columns * values.shape[2] + (self.rows[spans, samples] * values.shape[1] * values.shape[2] + neurons)

@@ -17,8 +17,8 @@ from mmray.models.loading import LoadedModel
 from mmray.neurons.scoring import Scored
 from mmray.neurons.token_positions import TokenPosition
 
-COPIED = 2**24
-"""Scores copied at a time: 64 MB."""
+COPIED = 2**22
+"""Scores copied at a time: 16 MB."""
 
 
 def occurrence_table(model: LoadedModel, positions: Sequence[TokenPosition], scored: Scored, top_k: int) -> pa.Table:
