@@ -15,7 +15,7 @@ from mmray.models.prompting import Path, TokenSpan, row_count
 MODALITIES = ("image", "text")
 CACHED, COPIED = 2**17, 2**26
 """Values reduced at a time: 0.5 MB per thread on a CPU, which its cache holds twice; 256 MB on a GPU."""
-READ = 2**20
+READ, READ_ON_GPU = 2**20, 2**24
 """Values of single tokens read at a time: each takes about 24 bytes."""
 BLOCK = 16
 """Positions reduced at a time on a CPU. With more, values of a wide layer would be read from memory at each pass."""
@@ -104,7 +104,8 @@ class Places:
     ) -> Int[Tensor, " n"]:
         """Return the first position of one span of a sample each where a neuron's value times a sign is highest."""
         # A few at a time: in a shard's first batches there are five per neuron.
-        parts = (torch.split(one, max(1, READ // len(self.columns))) for one in (spans, samples, neurons, signs))
+        some = max(1, (READ if values.device.type == "cpu" else READ_ON_GPU) // len(self.columns))
+        parts = (torch.split(one, some) for one in (spans, samples, neurons, signs))
         return torch.cat([self._first_highest(values, *part) for part in zip(*parts, strict=True)])
 
     def _first_highest(

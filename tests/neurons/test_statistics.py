@@ -232,12 +232,12 @@ def test_reduction_in_parts_is_that_of_the_whole(monkeypatch, cached):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("block", [1, 3])
-def test_blocks_of_positions_change_nothing(monkeypatch, block):
+@pytest.mark.parametrize(("name", "few"), [("BLOCK", 1), ("BLOCK", 3), ("READ", 1), ("READ", 50)])
+def test_blocks_of_positions_and_reads_change_nothing(monkeypatch, name, few):
     batches = [invent(Random(seed), 4, ties=True) for seed in (5, 6)]
     tables = []
-    for length in (1000, block):
-        monkeypatch.setattr(token_sums, "BLOCK", length)
+    for number in (1000, few):
+        monkeypatch.setattr(token_sums, name, number)
         statistics = TokenStatistics(WIDTHS)
         for batch in batches:
             see(statistics, batch)
