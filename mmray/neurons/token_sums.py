@@ -106,23 +106,17 @@ class Places:
         # A few at a time: in a shard's first batches there are five per neuron.
         some = max(1, (READ if values.device.type == "cpu" else READ_ON_GPU) // len(self.columns))
         parts = (torch.split(one, some) for one in (spans, samples, neurons, signs))
-        return torch.cat([self._first_highest(values, *part) for part in zip(*parts, strict=True)])
-
-    def _first_highest(
-        self,
-        values: Float[Tensor, "row place neuron"],
-        spans: Int[Tensor, " n"],
-        samples: Int[Tensor, " n"],
-        neurons: Int[Tensor, " n"],
-        signs: Float[Tensor, " n"],
-    ) -> Int[Tensor, " n"]:
-        columns = self.columns[:, spans, samples]
-        # By places in the flat tensor: on a CPU several times as fast as by three indices.
-        flat = columns * values.shape[2] + (self.rows[spans, samples] * values.shape[1] * values.shape[2] + neurons)
-        found = values.reshape(-1).index_select(0, flat.clamp_(min=0).reshape(-1)).reshape(flat.shape)
-        found = (found.float() * signs).masked_fill_(columns < 0, -torch.inf)
-        # On a CPU `max` finds them in a fraction of the time of `argmax`.
-        return self.starts[spans] + found.max(dim=0).indices
+        found = []
+        for span, sample, neuron, sign in zip(*parts, strict=True):
+            columns = self.columns[:, span, sample]
+            # By places in the flat tensor: on a CPU several times as fast as by three indices.
+            first = self.rows[span, sample] * values.shape[1] * values.shape[2] + neuron
+            flat = (columns * values.shape[2] + first).clamp_(min=0)
+            read = values.reshape(-1).index_select(0, flat.reshape(-1)).reshape(flat.shape)
+            read = (read.float() * sign).masked_fill_(columns < 0, -torch.inf)
+            # On a CPU `max` finds them in a fraction of the time of `argmax`.
+            found.append(self.starts[span] + read.max(dim=0).indices)
+        return torch.cat(found)
 
 
 def _outside(mask: Float[Tensor, "sample 1 position"], *, gaps: bool) -> Float[Tensor, "sample position 1"] | None:
