@@ -134,11 +134,12 @@ class ConceptSums:
             return
         self._n += len(own)
         rows = [self._rows[concept] for concept in own]
+        # Each concept's first occurrence, then each one's second, and so on: rows of a turn are distinct, so that
+        # index_add_ adds in a fixed order on a GPU too. A CPU adds one after another.
+        turns, together = _turns(rows), [list(range(len(own)))]
         for layer, (score, active) in enumerate(zip(scores, activation, strict=True)):
             sums = self._with_room(layer, score.device)
-            # Each concept's first occurrence, then each one's second, and so on: rows of a turn are distinct, so that
-            # index_add_ adds in a fixed order on a GPU too. A CPU adds one after another.
-            for turn in [range(len(own))] if score.device.type == "cpu" else _turns(rows):
+            for turn in together if score.device.type == "cpu" else turns:
                 places = torch.tensor(turn, device=score.device)
                 at = torch.tensor([rows[number] for number in turn], device=score.device)
                 wide = score[part][places].double()
