@@ -18,8 +18,12 @@ from mmray.models.decodings import GREEDY, NOISED, Decoding
 from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.options import LONGEST
+from mmray.models.packed_linear import packed_linears
 from mmray.models.processing import noise_image
 from mmray.models.prompting import pad_left, prompt_text, run_processor
+
+PACKED_ROWS = 16
+"""Prompts of a batch that is worth packing weights for, which takes as long as a step or two."""
 
 
 @torch.inference_mode()
@@ -67,6 +71,8 @@ def generate(
         # Learnt positions end with the context. An image's tokens would have to be counted, too.
         longest = max(1, min(longest, model.context - features["input_ids"].shape[1]))
     with ExitStack() as stack:
+        if len(images) >= PACKED_ROWS:
+            stack.enter_context(packed_linears(network))
         hooks = [] if plain else stack.enter_context(decoding_hooks(model, decoding, features, len(images)))
         bans = [RowBans(banned)] if any(banned) else []
         # The checkpoint's other settings were reset when it was loaded.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from mmray.models import generation
 from mmray.models.capture import capture_input
 from mmray.models.generation import caption_of, generate, token_text
 from mmray.models.loading import load
@@ -44,7 +45,8 @@ TYPES = ("blip", "ernie4_5_vl_moe", "git", "llama4")
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *TYPES])
-def test_writes_what_single_steps_without_cache_or_padding_write(open_model, open_type, variant):
+def test_writes_what_single_steps_without_cache_or_padding_write(open_model, open_type, variant, monkeypatch):
+    monkeypatch.setattr(generation, "PACKED_ROWS", len(PROMPTS))
     model = (open_type if variant in TYPES else open_model)(variant)
     prompts = [prompt_text(model, None, language) for language in PROMPTS]
     images = [picture(20), picture(21, 56, 40), picture(22)]

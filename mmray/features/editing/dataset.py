@@ -33,7 +33,8 @@ from mmray.neurons.model import NeuronModel, load_model, open_image
 from mmray.neurons.split_on_oom import heap_kept
 from mmray.runs.run import Run
 
-BATCH_ROWS = 32
+BATCH_ROWS, WRITTEN = 32, 64
+"""Answers of a batch that is run once, and of one that the model writes token by token."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,12 @@ class EditDataset:
     ) -> list[tuple[tuple[int, ...], GenerationCache | None]]:
         """Generate replies in batches; queries with and without an image never share one."""
         # Prompts of about the same length together: shorter ones are padded.
-        keys = [(query.image is None, len(query.prompt)) for query in queries]
+        lengths = map(len, self.model.tokenizer([query.prompt for query in queries])["input_ids"] if queries else [])
+        keys = [(query.image is None, length) for query, length in zip(queries, lengths, strict=True)]
         order = sorted(range(len(queries)), key=lambda place: keys[place])
         written = []
-        for text_only, group in groupby([queries[place] for place in order], key=lambda query: query.image is None):
-            # Without an image a prompt is short, and most of the time goes to reading weights.
-            most = (4 if text_only else 2) * BATCH_ROWS
-            for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, most):
+        for _, group in groupby([queries[place] for place in order], key=lambda query: query.image is None):
+            for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, WRITTEN):
                 with heap_kept(self.model.device):
                     written += self._write_batch(batch, longest, cache=cache)
         return [found for _, found in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]

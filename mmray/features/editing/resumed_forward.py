@@ -26,6 +26,7 @@ from mmray.models.capture import capture_activations, capture_input
 from mmray.models.loading import LoadedModel
 from mmray.models.mlp_inputs import MlpInputs
 from mmray.models.norms import vocabulary_logits
+from mmray.models.packed_linear import packed_linears
 from mmray.models.prompting import Batch
 from mmray.neurons.activation_cache import forward
 
@@ -140,12 +141,13 @@ def recorded(model: LoadedModel, examples: Sequence[Example]) -> list[Example]:
     # Nothing is learned with these: they only say whose activations a resumed forward keeps.
     all_units = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
     caches: dict[int, GenerationCache] = {}
-    for batch, rows in batched(model, [example for example in examples if example.cache is None]):
-        part = resume(model, batch, all_units)
-        for row, example in enumerate(rows):
-            one = part.at((part.rows == row).nonzero()[:, 0])
-            activation = one.activation.to(one.hidden.dtype)
-            caches[id(example)] = GenerationCache(one.hidden, activation, one.mlp_out, one.added_after, one.entered)
+    with packed_linears(model.network):
+        for batch, rows in batched(model, [example for example in examples if example.cache is None]):
+            part = resume(model, batch, all_units)
+            for row, example in enumerate(rows):
+                one = part.at((part.rows == row).nonzero()[:, 0])
+                activation = one.activation.to(one.hidden.dtype)
+                caches[id(example)] = GenerationCache(one.hidden, activation, one.mlp_out, one.added_after, one.entered)
     return [replace(example, cache=caches.get(id(example), example.cache)) for example in examples]
 
 
