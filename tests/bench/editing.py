@@ -45,7 +45,14 @@ from mmray.features.census.settings import census_settings
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.edit import WeightEdit
-from mmray.features.editing.kept_answers import ASKED, HELD_OUT, LEARNED_TEXT, LONGEST_TEXT, read_kept_text
+from mmray.features.editing.kept_answers import (
+    ASKED,
+    HELD_OUT,
+    KEPT_BY_LARGE,
+    LEARNED_TEXT,
+    LONGEST_TEXT,
+    read_kept_text,
+)
 from mmray.features.editing.methods import ABOUT_IMAGES, make_edit
 from mmray.features.editing.settings import EditSettings, edit_settings
 from mmray.features.editing.training import TrainingConfig
@@ -339,12 +346,12 @@ def size() -> None:
     config = LlavaConfig(text_config=LlamaConfig(intermediate_size=11008, num_hidden_layers=32, vocab_size=32064))
     with torch.device("meta"):
         network = LlavaForConditionalGeneration(config)
-    text, task = config.text_config, edit_settings({"source": "dog", "target": "cat"})
+    text = config.text_config
     decoder = sum(p.numel() for p in network.model.language_model.layers.parameters())
     prompts, image, caption = len(read_kept_text(None)["prompts"]), 576, 16
     tested = prompts // HELD_OUT
     counts = {
-        "caption": (task.kept, image + 2 * caption, caption),
+        "caption": (KEPT_BY_LARGE, image + 2 * caption, caption),
         "answer": (2 * ASKED, image + 2 * caption, 2),
         "text-only reply": (prompts - tested, LEARNED_TEXT + caption, LEARNED_TEXT),
         "text-only reply, held out": (tested, LONGEST_TEXT + caption, LONGEST_TEXT),

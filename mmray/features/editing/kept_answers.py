@@ -16,6 +16,7 @@ from mmray.data.image_keys import one_per_image
 from mmray.errors import InputError
 from mmray.features.editing.dataset import EditDataset, Example, Prompt
 from mmray.features.editing.resumed_forward import recorded
+from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
 from mmray.objects.prompts import presence
@@ -23,11 +24,13 @@ from mmray.storage import open_object
 
 KEPT_TEXT = Path(__file__).with_name("kept_text.json")
 """The general set of prompts and texts that comes with the package."""
+KEPT, KEPT_BY_LARGE, LARGE = 512, 256, 30_000_000
+"""Images whose captions must stay, the same for a large model, and the parameters of the largest that is not."""
 ASKED = 32
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
 """Tokens of an answer about an image."""
-LONGEST_TEXT, LEARNED_TEXT = 64, 32
+LONGEST_TEXT, LEARNED_TEXT = 64, 16
 """Tokens of a text-only reply that is held out, and of one that is learned from: longer ones take twice as long and say
 little more."""
 HELD_OUT = 4
@@ -123,6 +126,14 @@ def read_kept_text(uri: str | None) -> dict[str, list[str]]:
         raise InputError(f"--keep-text {uri}: no such file; give JSON with the lists prompts and texts") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--keep-text {uri}: not JSON with the lists prompts and texts; correct it") from None
+
+
+def images_to_keep(model: LoadedModel, asked: int | None) -> int:
+    """Return of how many images the captions must stay: as asked, or else by the size of the model."""
+    if asked is not None:
+        return asked
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    return KEPT if parameters <= LARGE else KEPT_BY_LARGE
 
 
 def kept(
