@@ -61,6 +61,14 @@ def test_hooks_are_called_and_later_changes_of_weights_count():
     assert len(seen) == 2
 
 
+def test_gradients_are_those_of_the_plain_layer():
+    linear = nn.Linear(4, 3).requires_grad_(False)
+    states = torch.randn(2, 4, requires_grad=True)
+    with packed_linears(linear):
+        linear(states).sum().backward()
+    torch.testing.assert_close(states.grad, linear.weight.sum(0).expand(2, 4))
+
+
 def test_a_failure_leaves_the_layers_as_they_were():
     linear = nn.Linear(4, 3)
     with pytest.raises(KeyError), packed_linears(linear):

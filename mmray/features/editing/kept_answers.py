@@ -30,7 +30,7 @@ ASKED = 32
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
 """Tokens of an answer about an image."""
-LONGEST_TEXT, LEARNED_TEXT = 64, 16
+LONGEST_TEXT, LEARNED_TEXT = 64, 32
 """Tokens of a text-only reply that is held out, and of one that is learned from: longer ones take twice as long and say
 little more."""
 HELD_OUT = 4

@@ -30,6 +30,7 @@ from mmray.features.editing.validation import broken, excess, validate
 from mmray.features.editing.whitening import null_space
 from mmray.models.bans import banned_tokens
 from mmray.models.norms import lens
+from mmray.models.packed_linear import packed_linears
 from mmray.models.parts import output_rows
 from mmray.runs.run import Run
 
@@ -116,9 +117,10 @@ def make_edit(dataset: EditDataset, requests: Sequence[EditSettings]) -> WeightE
 
 def make_task_edit(task: Task, settings: dict[str, Any], began: float) -> WeightEdit:
     """Make the edit of a task as `make_edit` does; `settings` and the time when it `began` are what it remembers."""
-    tries = [_tried(first_try(task))]
-    while (following := next_try(task, tries)) is not None:
-        tries.append(_tried(following))
+    with packed_linears(task.model.network):
+        tries = [_tried(first_try(task))]
+        while (following := next_try(task, tries)) is not None:
+            tries.append(_tried(following))
     # An edit that does not take is none, whatever it leaves alone.
     chosen = min(tries, key=lambda one: (not one.takes, excess(one.measures)))
     deltas = chosen.deltas
