@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mmray.errors import InputError
-from mmray.features.editing import before_edit, methods
+from mmray.features.editing import before_edit, kept_answers, methods
 from mmray.features.editing.bounds import BOUNDS
 from mmray.features.editing.dataset import EditDataset, Prompt
 from mmray.features.editing.deltas import Deltas
 from mmray.features.editing.edit import open_edit
-from mmray.features.editing.kept_answers import kept, presence_answers, read_kept_text, text_answers
+from mmray.features.editing.kept_answers import images_to_keep, kept, presence_answers, read_kept_text, text_answers
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.resumed_forward import resume_all
 from mmray.features.editing.settings import edit_settings
@@ -80,6 +80,12 @@ def test_answers_are_about_what_is_there_and_what_is_not(dataset):
         assert any(f" {name} in" in there.prompt for name in shown)
         assert not any(f" {name} in" in absent.prompt for name in shown)
     assert any("hammer" in one.prompt or "dog" in one.prompt for one in answers[3::4])
+
+
+def test_small_models_keep_more_captions_unless_asked(dataset, monkeypatch):
+    assert [images_to_keep(dataset.model, asked) for asked in (0, 1000, None)] == [0, 1000, kept_answers.KEPT]
+    monkeypatch.setattr(kept_answers, "LARGE", 1)
+    assert images_to_keep(dataset.model, None) == kept_answers.KEPT_BY_LARGE < kept_answers.KEPT
 
 
 def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
