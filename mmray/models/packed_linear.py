@@ -49,7 +49,7 @@ def _packed(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def forward(states: Tensor) -> Tensor:
-        if states.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (states.requires_grad or linear.weight.requires_grad):
             return nn.Linear.forward(linear, states)  # the packed product has no gradient
         found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, linear.bias, "none", [], "")
         return found

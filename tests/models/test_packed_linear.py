@@ -61,12 +61,16 @@ def test_hooks_are_called_and_later_changes_of_weights_count():
     assert len(seen) == 2
 
 
-def test_gradients_are_those_of_the_plain_layer():
-    linear = nn.Linear(4, 3).requires_grad_(False)
-    states = torch.randn(2, 4, requires_grad=True)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_are_those_of_the_plain_layer(frozen):
+    linear = nn.Linear(4, 3).requires_grad_(not frozen)
+    states = torch.randn(2, 4, requires_grad=frozen)
     with packed_linears(linear):
         linear(states).sum().backward()
-    torch.testing.assert_close(states.grad, linear.weight.sum(0).expand(2, 4))
+    if frozen:
+        torch.testing.assert_close(states.grad, linear.weight.sum(0).expand(2, 4))
+    else:
+        torch.testing.assert_close(linear.weight.grad, states.sum(0).expand(3, 4))
 
 
 def test_a_failure_leaves_the_layers_as_they_were():
