@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from mmray.neurons.split_on_oom import heap_kept
 from mmray.runs.run import Run
 
 BATCH_ROWS, WRITTEN = 32, 64
-"""Answers of a batch that is run once, and of one that the model writes token by token."""
+"""Most answers of a batch that is run once, and of one that the model writes token by token."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,10 @@ class EditDataset:
         order = sorted(range(len(queries)), key=lambda place: keys[place])
         written = []
         for _, group in groupby([queries[place] for place in order], key=lambda query: query.image is None):
-            for batch in within_budget(group, lambda query: pixels_of(self.model, query.image), BUDGET, WRITTEN):
+            alike = list(group)
+            # Batches of one size: a small rest takes nearly as long as a whole one.
+            most = math.ceil(len(alike) / math.ceil(len(alike) / WRITTEN))
+            for batch in within_budget(alike, lambda query: pixels_of(self.model, query.image), BUDGET, most):
                 with heap_kept(self.model.device):
                     written += self._write_batch(batch, longest, cache=cache)
         return [found for _, found in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]
