@@ -186,7 +186,7 @@ def _census(settings: PipelineSettings) -> CensusSettings:
 def _execution(settings: PipelineSettings) -> dict[str, Any]:
     """Return execution settings for the steps after the census: the census's, and whether the pipeline is local."""
     census = _census(settings)
-    names = ("gpus_per_worker", "address", "retry_failed")
+    names = ("workers", "gpus_per_worker", "address", "retry_failed")
     return {name: getattr(census, name) for name in names} | {"local": settings.local}
 
 
