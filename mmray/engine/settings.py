@@ -60,8 +60,8 @@ class JobSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     workers: Workers = execution(None)
-    """Actors, each with a model replica: a number or MIN:MAX. With MIN:MAX, Ray adds and removes some as work and
-    machines allow. Default: one per GPU of the cluster; without GPUs one per core, at most four per machine."""
+    """Actors (model replicas): a number or MIN:MAX. With MIN:MAX, Ray adds and removes some as work and machines allow.
+    Default: one per GPU or core. Cores count in a cluster without GPUs, at most four per machine."""
     gpus_per_worker: float | None = execution(None, ge=0)
     """GPUs per worker; default: 1 where the cluster has GPUs, else 0."""
     address: str | None = execution(None)

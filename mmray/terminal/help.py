@@ -81,13 +81,20 @@ def first_sentence(text: str | None) -> str:
     return f"{first.rstrip('.')}."
 
 
+def summary(text: str | None) -> str:
+    """Return what a line of help says of an option: the first sentence of its documentation, and its default."""
+    first, *others = " ".join((text or "").split()).rstrip(".").split(". ")
+    return ". ".join([first, *(one for one in others if one.startswith("Default: "))]) + "."
+
+
 def _option(param: TyperOption) -> tuple[str, str]:
     """Return the names of an option with its value, and its help with the default."""
     names = ", ".join(sorted([*param.opts, *param.secondary_opts], key=lambda name: name.startswith("--")))
     default = param.default
-    # Flags that are off, and settings that are worked out from others, have no default to show.
-    shown = default not in (None, False, "", ()) and not callable(default)
-    remark = " [required]" if param.required else f" [{default}]" if shown else ""
+    # Flags that are off, and settings that are worked out from others, have no default to show. Zero is one.
+    shown = default is not None and default is not False and default not in ("", (), []) and not callable(default)
+    given = ", ".join(map(str, default)) if isinstance(default, list | tuple) else default
+    remark = " [required]" if param.required else f" [{given}]" if shown else ""
     value = "" if param.is_flag else f" {param.metavar or 'TEXT'}"
     return names + value, (param.help or "") + remark
 

@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mmray.engine.settings import JobSettings
-from mmray.terminal.help import COLUMNS, EXECUTION, OPTIONS, WIDTH, App, CommandGroup, first_sentence
+from mmray.terminal.help import COLUMNS, EXECUTION, OPTIONS, WIDTH, App, CommandGroup, summary
 from mmray.version import VERSION
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ console = _Terminal(highlight=False, soft_wrap=False)
 
 
 def help_of(name: str, settings: type[BaseModel]) -> str:
-    """Return the first sentence of a setting's documentation; the README of its room has all of it."""
-    return first_sentence(settings.model_fields[name].description).replace("`", "")
+    """Return the summary of a setting's documentation; the README of its room has all of it."""
+    return summary(settings.model_fields[name].description).replace("`", "")
 
 
 def option(name: str, settings: type[BaseModel]) -> Any:

@@ -92,6 +92,16 @@ def test_help_has_every_setting_with_its_default(mmray: Mmray, command: str) -> 
             assert f"[{field.default}]" in entry, entry
 
 
+def test_defaults_are_shown_as_they_are_given(mmray: Mmray) -> None:
+    text = " ".join(mmray("hallucination", "--help").out.split())
+    assert "factors of the neurons' activations. [0.0, 0.5, 2.0, 3.0]" in text
+    assert "--seed N Seed of everything drawn. [0]" in text
+    # Nothing is the default of a list that may stay empty.
+    assert "[]" not in text
+    # A default that depends on others is in words.
+    assert "Default: 50 for a swap" in " ".join(mmray("edit", "--help").out.split())
+
+
 @pytest.mark.parametrize("readme", ROOMS)
 def test_a_room_s_readme_has_what_help_is_too_short_for(readme: str) -> None:
     text = (ROOT / readme).read_text("utf-8")

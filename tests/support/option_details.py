@@ -17,7 +17,7 @@ from mmray.features.evaluation.settings import EvaluationSettings
 from mmray.features.hallucination.settings import HallucinationSettings, PerturbationSettings
 from mmray.features.saliency.settings import SaliencySettings
 from mmray.features.selectivity.settings import SelectivitySettings
-from mmray.terminal.help import first_sentence
+from mmray.terminal.help import summary
 from tests.bench.writing import markdown, write
 
 COMMAND = "python -m tests.support.option_details --write"
@@ -36,21 +36,17 @@ IN_METHOD = {(CensusSettings, "score"), (EditSettings, "method")}
 
 
 def table(readme: str) -> str:
-    """Return the table of a room's options that need more than the sentence in `--help`."""
+    """Return the table of a room's options that need more than `--help` says."""
     rows = dict(row for settings in ROOMS[readme] for row in details(settings))
     return markdown(("option", "details"), list(rows.items()))
 
 
 def details(settings: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield option and documentation, for each option whose documentation is longer than a sentence."""
+    """Yield option and documentation, for each option whose documentation is longer than its summary."""
     shared = set(JobSettings.model_fields) if settings is not JobSettings else set()
     for name, field in settings.model_fields.items():
         text = " ".join((field.description or "").split())
-        if (
-            (settings, name) not in IN_METHOD
-            and name not in shared
-            and text.rstrip(".") != first_sentence(text).rstrip(".")
-        ):
+        if (settings, name) not in IN_METHOD and name not in shared and text.rstrip(".") != summary(text).rstrip("."):
             yield f"`--{name.replace('_', '-')}`", text.replace("|", "\\|")
 
 

@@ -36,7 +36,7 @@ class CensusSettings(JobSettings):
     batch_size: int = execution(32, ge=1)
     """Samples per forward pass. Halved automatically when memory runs out."""
     captions: Captions = "dataset"
-    """Whose captions to score: those in the data, or those that the model writes."""
+    """Whose captions to score: the data's, or those that the model writes."""
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption that the model writes. Longer ones are cut off."""
     prompt: str | None = None
@@ -58,7 +58,7 @@ class CensusSettings(JobSettings):
     """Neurons per concept that each shard keeps for the merge. More certify more ranks. Default: all of up to 16,384
     neurons, 2,048 of more."""
     nouns: str = known_by_digest("auto")
-    """Source of concepts: auto, objects, hanta, textblob, or a lexicon FILE. objects: the data's column; hanta: a
+    """Source of concepts: auto, objects, hanta, textblob, FILE. objects: the data's column; hanta: a
     tagger of English and German; textblob: one of English. auto: objects if the data has them, else hanta."""
     module: Module = "language"
     """Module whose neurons are also counted, in the table `activity`."""

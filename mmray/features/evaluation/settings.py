@@ -32,10 +32,10 @@ class MeasureSettings(BaseModel):
     longest: int = Field(LONGEST, ge=1)
     """Most tokens in a caption or an answer. Longer ones are cut off. CHAIR is usually reported at 64 or 512."""
     ground_truth: GroundTruth | None = None
-    """Source of the objects in an image, for CHAIR, POPE and hallucination. instances: annotated; captions: named by
-    the data's captions; union: both, as published. Default: union where the data has objects and lists each image's
-    captions (COCO, a column of lists), else instances. Captions in several rows are matched by their image, which is
-    read an extra time."""
+    """Source of an image's objects. instances: annotated; captions: named by the data's captions; union: both, as
+    published. Default: union if the data has both, else instances. It has both if it has objects and lists each image's
+    captions (COCO, a column of lists). Used by CHAIR, POPE and hallucination. Captions in several rows are matched by
+    their image, which is read an extra time."""
     synonyms: str | None = known_by_digest(None)
     """Words that count as an object: coco, none, or a file. coco: a table of COCO's 80 objects, with CHAIR's rules;
     file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. All objects listed are searched for. Default:
@@ -82,8 +82,8 @@ class EvaluationSettings(JobSettings, MeasureSettings):
     edit: str | None = known_by_digest(None)
     """Folder of the edit."""
     decoding: str | None = known_by_digest(None)
-    """Decoding to measure in place of an edit: vcd, no-image, pai, average, or NAME:STRENGTH. Its replies about images
-    are measured."""
+    """A decoding: vcd, no-image, pai, average, or NAME:STRENGTH. It takes the place of --edit; replies about images are
+    measured."""
     data: str = known_by_digest()
     """Data to measure on, in any form that a census takes."""
     limit: int | None = Field(None, ge=1)
