@@ -12,6 +12,7 @@ from mmray.detector.view import say_alignment
 from mmray.errors import InputError
 from mmray.features.hallucination.settings import (
     BiasSettings,
+    DoseSettings,
     HallucinationSettings,
     NeuronSettings,
     PerturbationSettings,
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 @app.command(
     group="Understand",
     examples=(
-        "mmray hallucination runs/llava",
-        "mmray hallucination runs/llava --pictures mistakes",
+        "mmray hallucination runs/demo --pictures mistakes",
+        "mmray hallucination runs/llava --detector google/owlvit-base-patch32 --alignment aligned",
         "mmray hallucination runs/llava --data coco --neurons --interventions",
     ),
 )
@@ -112,7 +113,7 @@ def perturb(as_json: AsJson = False, **settings: Any) -> None:
 
 @app.command(
     group="Understand",
-    examples=('mmray bias runs/llava --pair woman:man --unrelated cup --unrelated pan --question "Tall, 1 to 10?"',),
+    examples=('mmray bias runs/demo --pair cat:dog --unrelated sun --unrelated egg --question "How old, 1 to 10?"',),
 )
 @with_settings(BiasSettings)
 def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
@@ -131,16 +132,20 @@ def bias(run: RunArgument, as_json: AsJson = False, **settings: Any) -> None:
 
 
 def _refuse_idle(settings: Mapping[str, Any], *, neurons: bool) -> None:
-    """Raise InputError for an option of the other analysis, which would do nothing here."""
-    of_neurons = NeuronSettings.model_fields.keys() - HallucinationSettings.model_fields.keys()
-    for name in ("pictures", "pope") if neurons else sorted(of_neurons):
-        known = NeuronSettings.model_fields.get(name)
-        if settings[name] != (known.get_default(call_default_factory=True) if known else None):
-            raise InputError(
-                f"hallucination: --{name} is not for --neurons; leave one out"
-                if neurons
-                else f"hallucination: --{name} is for --neurons; give both"
-            )
+    """Raise InputError for an option that would do nothing here: one of the other analysis, or of a later pass."""
+    own = HallucinationSettings.model_fields.keys()
+    of_neurons, of_doses = NeuronSettings.model_fields.keys() - own, DoseSettings.model_fields.keys() - own
+    needs = {
+        "--neurons": () if neurons else of_neurons,
+        "--interventions": () if settings["interventions"] else of_doses,
+    }
+    for other, names in needs.items():
+        for name in sorted(names):
+            if settings[name] != NeuronSettings.model_fields[name].get_default(call_default_factory=True):
+                raise InputError(f"hallucination: --{name.replace('_', '-')} is for {other}; give both")
+    for name in ("pictures", "pope") if neurons else ():
+        if settings[name] is not None:
+            raise InputError(f"hallucination: --{name} is not for --neurons; leave one out")
 
 
 def _find_neurons(settings: NeuronSettings, *, as_json: bool) -> None:

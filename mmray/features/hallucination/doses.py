@@ -123,7 +123,7 @@ def doubt_of(given: str) -> tuple[float, Decoding]:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise InputError(f"ban below {given!r}: give a probability above 0, such as 0.3 or 0.3:average")
+        raise InputError(f"--ban-below {given}: give a probability above 0 and at most 1, such as 0.3 or 0.3:average")
     return value, decoding_of(name) if name else GREEDY
 
 

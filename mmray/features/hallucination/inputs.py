@@ -21,7 +21,7 @@ from mmray.data.shards import Manifest, Shard, cut, read_shard
 from mmray.data.source import Source
 from mmray.data.sources import open_source
 from mmray.detector.alignment import alignment_digest
-from mmray.detector.joint import JointModel, detector_digest, join
+from mmray.detector.joint import JointModel, detector_digest, detector_or_demo, join
 from mmray.engine import Job, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.features.census.inputs import columns_of
@@ -81,7 +81,7 @@ class JointJob(Job[S, JointContext], Generic[S]):
         """Load the joint model, and return the function that reads and analyses a unit."""
         options = context.options
         model = load_model(context.model, options.dtype, trust_remote_code=options.trust_remote_code)
-        joint = join(model, self.settings.detector, self.settings.alignment)
+        joint = join(model, needed_detector(self.settings, context.model), self.settings.alignment)
         # As in `open_cut`: with captions, other rows would be samples, and the shards would not fit.
         source = open_source(context.data, context.columns, captions=False)
         analyse = self.analysis(context, joint, source)
@@ -110,9 +110,20 @@ class JointJob(Job[S, JointContext], Generic[S]):
         """Return what the rows depend on besides settings."""
         alignment = self.settings.alignment
         return context_digests(context, self.parts) | {
-            "detector": detector_digest(self.settings.detector),
+            "detector": detector_digest(needed_detector(self.settings, context.model)),
             "alignment": alignment_digest(alignment) if alignment else "",
         }
+
+
+def needed_detector(settings: DetectorSettings, model: str) -> str:
+    """Return the detector given, or the demo's for the demo model. Raises InputError where there is none."""
+    detector = detector_or_demo(settings.detector, model)
+    if detector is None:
+        raise InputError(
+            f"{model}: no detector comes with it; give --detector, such as google/owlvit-base-patch32, and the "
+            "--alignment that mmray align made for it"
+        )
+    return detector
 
 
 def context_digests(context: JointContext, parts: Mapping[str, pa.Schema]) -> dict[str, str]:

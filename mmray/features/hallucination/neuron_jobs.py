@@ -17,7 +17,7 @@ from PIL.Image import Image
 from mmray.data.samples import Failure, Sample
 from mmray.data.sources import open_source
 from mmray.detector.alignment import alignment_digest
-from mmray.detector.joint import DEMO, JointModel, detector_digest, join
+from mmray.detector.joint import JointModel, detector_digest, detector_or_demo, join
 from mmray.engine import Job, Output, Parts, Plan, Unit, UnitResult, Worker
 from mmray.errors import InputError
 from mmray.features.census.ranking import locate_index
@@ -98,7 +98,7 @@ class ContrastJob(MentionJob[ClaimSettings, JointContext]):
 
     def digests(self) -> Mapping[str, str]:
         """Return digests of the detector, if there is one."""
-        detector, alignment = chosen_detector(self.settings, self.context.model), self.settings.alignment
+        detector, alignment = detector_or_demo(self.settings.detector, self.context.model), self.settings.alignment
         return {
             "detector": detector_digest(detector) if detector else "",
             "alignment": alignment_digest(alignment) if detector and alignment else "",
@@ -106,7 +106,7 @@ class ContrastJob(MentionJob[ClaimSettings, JointContext]):
 
     def observer(self, reader: MentionReader, context: JointContext) -> Observe:
         """Load the detector, if there is one, and return the function that captions and reads a unit's images."""
-        model, name = reader.model, chosen_detector(self.settings, context.model)
+        model, name = reader.model, detector_or_demo(self.settings.detector, context.model)
         detector = join(model, name, self.settings.alignment) if name else None
 
         def observe(images: Images) -> dict[str, pa.Table]:
@@ -299,11 +299,6 @@ def choose_candidates(
     layers, units = locate_index(widths, best)
     chosen = list(zip(layers.tolist(), units.tolist(), strict=True))
     return chosen, layer_matched(widths, chosen, f"{seed}")
-
-
-def chosen_detector(settings: ClaimSettings, model: str) -> str | None:
-    """Return the detector to compare with; None for the demo's heads at another model, which fit its tower alone."""
-    return None if settings.detector == DEMO and model != DEMO else settings.detector
 
 
 def _add_fit(sums: ClassSums, reader: MentionReader, mentioned: Mentioned) -> None:

@@ -12,13 +12,15 @@ from mmray.models.options import LONGEST
 from mmray.objects.answers import reader
 from mmray.objects.statistics import GroundTruth
 
+TWO_UNRELATED = "--unrelated: give it twice, such as --unrelated cup --unrelated pan"
+
 
 class DetectorSettings(JobSettings):
     """Settings of both: the detector next to the model, and how the data is cut."""
 
-    detector: str = known_by_digest("demo")
+    detector: str | None = known_by_digest(None)
     """Detector on the model's own tower: `demo`, or a folder of heads; or an OWL-ViT or OWLv2 checkpoint, with
-    --alignment."""
+    --alignment. Default: `demo` for the demo model; for others there is none."""
     alignment: str | None = known_by_digest(None)
     """Folder of the network that `mmray align` made for the detector's tower and the model."""
     limit: int | None = Field(None, ge=1)
@@ -43,9 +45,9 @@ class ClaimSettings(DetectorSettings):
     longest: int = Field(LONGEST, ge=1)
     """Maximum tokens of a caption; a longer one is cut off there."""
     ground_truth: GroundTruth | None = known_by_digest(None)
-    """Source of the objects in an image. instances: annotated; captions: named by the data's captions; union: both.
-    Default: union where the data has objects and lists each image's captions (COCO, a column of lists), else instances.
-    Captions in several rows are matched by their image, so every image is read once more."""
+    """Source of an image's objects. instances: annotated; captions: named by the data's captions; union: both. Default:
+    union if the data has both, else instances. It has both if it has objects and lists each image's captions (COCO, a
+    column of lists). Captions in several rows are matched by their image, so every image is read once more."""
     synonyms: str | None = known_by_digest(None)
     """Words that count as an object in captions: coco, none, or a file. coco: a table of COCO's 80 objects, with
     CHAIR's rules; file: JSON of object → synonyms, or lines as in CHAIR's synonyms.txt. Every listed object counts,
@@ -59,7 +61,7 @@ class HallucinationSettings(ClaimSettings):
     """Present objects per image to ask about, and as many absent ones of each kind (random, popular, adversarial); 0:
     captions only."""
     pope: list[str] | None = known_by_digest(None)
-    """POPE's released questions to ask instead: JSON lines with image, text, label. May be given more than once; only
+    """POPE's released questions to ask instead: JSON lines of image, text, label. May be given more than once; only
     images of the data that they name, by file or COCO number, are looked at."""
 
 
@@ -117,8 +119,8 @@ class MoveSettings(DetectorSettings):
     """How embeddings are moved, and what is asked about them."""
 
     unrelated: list[str] | None = None
-    """Two concepts unrelated to the question, for a control that moves by the same norm; default: two other objects of
-    the data."""
+    """Concept unrelated to the question, for a control that moves by the same norm; give it twice. Default: two other
+    objects of the data."""
     question: list[str] | None = None
     """Question to ask as it is after each move; may be given more than once. Default: whether source, target, and an
     object of the data that no move is about are in the image."""
@@ -126,7 +128,7 @@ class MoveSettings(DetectorSettings):
     """How an answer is read from a reply: yes_no, number, or two words such as man|woman. Replies without an answer, or
     with several different numbers, are counted as unparsable and left out."""
     norm: float = Field(0.85, gt=0)
-    """Bound of the move's L2 norm, as a fraction of the embedding's own. Really replacing an object takes 0.62 in the
+    """Bound of the move's L2 norm, as a fraction of the embedding's own. Really replacing an object takes 0.63 in the
     demo's scenes; answers change more reliably a third beyond that."""
     steps: int = Field(20, ge=2)
     """Gradient steps of a move; a move in one step is measured too."""
@@ -165,8 +167,8 @@ class BiasSettings(MoveSettings):
     that have SOURCE among their objects; without objects in the data, for all."""
     question: list[str] = Field(min_length=1)
     """Question to ask before and after each move; may be given more than once."""
-    unrelated: list[str] = Field(min_length=2, max_length=2)
-    """Two concepts unrelated to the questions, for a control that moves by the same norm."""
+    unrelated: list[str] = Field(min_length=1)
+    """Concept unrelated to the questions, for a control that moves by the same norm; give it twice."""
     parse: str = "number"
     """How an answer is read from a reply: number, yes_no, or two words such as man|woman. Replies without an answer, or
     with several different numbers, are counted as unparsable and left out."""
@@ -195,9 +197,9 @@ def perturbation_settings(values: dict[str, Any]) -> PerturbationSettings:
     settings = checked(PerturbationSettings, values)
     reader(settings.parse)
     if settings.unrelated is not None and len(settings.unrelated) != 2:
-        raise InputError(f"setting unrelated = {settings.unrelated!r}: give two things for the control to move between")
+        raise InputError(TWO_UNRELATED)
     if settings.question and not (settings.source and settings.target):
-        raise InputError("a question of your own needs source and target: what to move away from, and towards")
+        raise InputError("--question needs --source and --target: what to move away from, and towards")
     return settings
 
 
@@ -205,6 +207,8 @@ def bias_settings(values: dict[str, Any]) -> BiasSettings:
     """Return validated settings. Raises InputError naming the first wrong setting and what is allowed."""
     settings = checked(BiasSettings, values)
     reader(settings.parse)
+    if len(settings.unrelated) != 2:
+        raise InputError(TWO_UNRELATED)
     for one, pair in zip(settings.pair, settings.pairs, strict=True):
         if not all(pair) or ":" in pair[1]:
             raise InputError(f"setting pair = {one!r}: give SOURCE:TARGET, such as woman:man")

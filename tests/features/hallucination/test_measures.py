@@ -21,6 +21,7 @@ from mmray.errors import InputError
 from mmray.features.hallucination import measures
 from mmray.features.hallucination.bias import bias_table
 from mmray.features.hallucination.claims import ClaimCollector
+from mmray.features.hallucination.inputs import needed_detector
 from mmray.features.hallucination.measures import judged
 from mmray.features.hallucination.mistakes import object_under, picture
 from mmray.features.hallucination.perturb import (
@@ -413,13 +414,19 @@ def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():
     [
         ({"parse": "maybe"}, "give yes_no, number, or two words"),
         ({"question": ["How old?"]}, "needs source and target"),
-        ({"unrelated": ["a ship"]}, "give two things"),
+        ({"unrelated": ["a ship"]}, "give it twice"),
         ({"norm": 0}, "setting norm = 0"),
     ],
 )
 def test_wrong_settings_are_one_line(given, said):
     with pytest.raises(InputError, match=said):
         perturbation_settings(SETTINGS | given)
+
+
+def test_only_the_demo_model_has_a_detector_by_default():
+    assert needed_detector(perturbation_settings(SETTINGS), "demo") == "demo"
+    with pytest.raises(InputError, match="give --detector"):
+        needed_detector(perturbation_settings(SETTINGS), "llava-hf/llava-1.5-7b-hf")
 
 
 def test_what_stands_at_a_box_and_its_picture(all_scenes, before):
