@@ -413,7 +413,7 @@ def test_what_a_move_is_given_is_spelt_as_the_data_spells_it():
     ("given", "said"),
     [
         ({"parse": "maybe"}, "give yes_no, number, or two words"),
-        ({"question": ["How old?"]}, "needs source and target"),
+        ({"question": ["How old?"]}, "needs --source and --target"),
         ({"unrelated": ["a ship"]}, "give it twice"),
         ({"norm": 0}, "setting norm = 0"),
     ],
