@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmray.features.editing.candidates import CHUNK, Candidates, candidates, log_rest
+from mmray.features.editing.dataset import Example
 from mmray.features.editing.resumed_forward import ResumedForward
 from mmray.models.loading import LoadedModel
 from mmray.models.norms import vocabulary_logits
@@ -60,39 +61,40 @@ def compared(
     return logits.gather(1, targets[:, None])[:, 0] - total, entries - total[:, None]
 
 
-Sizes = tuple[int, ...]
-"""Positions of each part. Methods differ in the kinds of answers that they keep, and in where their parts begin."""
+Part = tuple[ResumedForward, Sequence[Example]]
+Rows = tuple[tuple[Example, ...], ...]
+"""The answers of each part, in order. Methods differ in the kinds of answers that they keep, and in how they cut them."""
 
 
 @dataclass
 class BeforeEdit:
     """What tries of one edit, and methods that make the same edit, share. All must be given the same answers."""
 
-    unedited: dict[tuple[str, Sizes], list[Unedited]] = field(default_factory=dict)
-    """By kind of kept answers and the sizes of its parts: one per part."""
-    chosen: dict[tuple[tuple[str, ...], Sizes], tuple[Candidates, list[Float[Tensor, " position"]]]] = field(
+    unedited: dict[Rows, list[Unedited]] = field(default_factory=dict)
+    """By the answers of each part: one per part."""
+    chosen: dict[tuple[tuple[str, ...], Rows], tuple[Candidates, list[Float[Tensor, " position"]]]] = field(
         default_factory=dict
     )
-    """By the kinds of kept answers that are learned from, and the sizes of all parts."""
+    """By the kinds of kept answers that are learned from, and the answers of all parts."""
     detectors: Detectors | None = None
     """Of patches."""
 
-    def answers(self, kind: str, parts: Sequence[ResumedForward]) -> list[Unedited]:
-        """Return what the model says at these parts of a kind's held-out answers."""
-        key = kind, _sizes(parts)
+    def answers(self, parts: Sequence[Part]) -> list[Unedited]:
+        """Return what the model says at these parts of held-out answers."""
+        key = _rows(parts)
         if key not in self.unedited:
-            self.unedited[key] = [Unedited.of(part) for part in parts]
+            self.unedited[key] = [Unedited.of(part) for part, _ in parts]
         return self.unedited[key]
 
     def candidates(
-        self, model: LoadedModel, kinds: Iterable[str], parts: Sequence[ResumedForward], words: Iterable[int]
+        self, model: LoadedModel, kinds: Iterable[str], parts: Sequence[Part], words: Iterable[int]
     ) -> tuple[Candidates, list[Float[Tensor, " position"]]]:
         """Return the candidates at these parts of the answers to learn from, as `candidates` does."""
-        key = tuple(kinds), _sizes(parts)
+        key = tuple(kinds), _rows(parts)
         if key not in self.chosen:
-            self.chosen[key] = candidates(model, parts, words)
+            self.chosen[key] = candidates(model, [part for part, _ in parts], words)
         return self.chosen[key]
 
 
-def _sizes(parts: Sequence[ResumedForward]) -> Sizes:
-    return tuple(len(part.targets) for part in parts)
+def _rows(parts: Sequence[Part]) -> Rows:
+    return tuple(tuple(rows) for _, rows in parts)

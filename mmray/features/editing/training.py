@@ -209,15 +209,18 @@ def learn(
 
     `before` is what tries with the same answers share.
     """
-    changing = [(part.shaped_by(deltas), rows) for part, rows in resume_all(model, new, deltas)]
-    staying = {kind: [part.shaped_by(deltas) for part, _ in resume_all(model, keep[kind], deltas)] for kind in keep}
+    changing, *stay = (
+        [(part.shaped_by(deltas), rows) for part, rows in resume_all(model, examples, deltas)]
+        for examples in (new, *keep.values())
+    )
+    staying = dict(zip(keep, stay, strict=True))
     said = {token for example in new for token in (*example.tokens, *(example.rejected or ())[1:])}
-    parts = [*chain(*staying.values()), *(part for part, _ in changing)]
+    parts = [*chain(*staying.values()), *changing]
     chosen, totals = (before or BeforeEdit()).candidates(model, staying, parts, said)
     news = [_NewAnswers.of(part, rows, config.margin, chosen) for part, rows in changing]
     each = iter(totals)
     kept = [
-        [KeptPositions.of(part, chosen, next(each), config.weights.get(kind, 1.0)) for part in staying[kind]]
+        [KeptPositions.of(part, chosen, next(each), config.weights.get(kind, 1.0)) for part, _ in staying[kind]]
         for kind in staying
         if staying[kind]
     ]

@@ -50,9 +50,9 @@ def validate(
     }
     changes: dict[str, list[_Change]] = {}
     for kind in kept:
-        parts = [part for part, _ in resume_all(model, kept[kind], deltas)]
-        pairs = zip(parts, before.answers(kind, parts), strict=True)
-        changes[kind] = [_Change.of(part, deltas, unedited) for part, unedited in pairs]
+        parts = resume_all(model, kept[kind], deltas)
+        pairs = zip(parts, before.answers(parts), strict=True)
+        changes[kind] = [_Change.of(part, deltas, unedited) for (part, _), unedited in pairs]
     answers, replies, texts = (changes.get(kind, []) for kind in ("answers", "replies", "texts"))
     found["image_locality"] = _mean([change.unchanged for change in changes.get("captions", [])])
     found["image_locality_questions"] = _mean([change.unchanged for change in answers])

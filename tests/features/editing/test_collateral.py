@@ -152,6 +152,17 @@ def test_an_untouched_model_keeps_all_and_takes_nothing(dataset, task):
     assert broken(measures) == ["reliability", "image_generality"]
 
 
+def test_tries_that_order_answers_differently_share_nothing_wrong(dataset, task):
+    model, shared = dataset.model, before_edit.BeforeEdit()
+    # Of different lengths, and in another order than that of the batches that two layers need.
+    answers = sorted(task.kept.held_out["captions"][:8], key=lambda one: -len(one.tokens))
+    assert len(answers[0].tokens) > len(answers[-1].tokens)
+    last = len(model.widths) - 1
+    for neurons in ([(last - 1, 0), (last, 0)], [(last, 0)]):
+        found = validate(model, Deltas(model, neurons), [], [], {"captions": answers}, before=shared)
+        assert found["image_locality"] == 1
+
+
 @pytest.mark.parametrize(
     ("broken_by_try", "openings"),
     [
