@@ -25,7 +25,7 @@ from mmray.detector.owl import open_owl
 from mmray.detector.vision_tower import OwnTower, VisionTower
 from mmray.errors import InputError
 from mmray.models.capture import capture_input
-from mmray.models.generation import end_tokens, until_special
+from mmray.models.generation import end_tokens, split_at_special
 from mmray.models.loading import LoadedModel, digest, load, resolve
 from mmray.models.options import LONGEST
 from mmray.models.prompting import Batch, encode, pad_left
@@ -130,7 +130,7 @@ class JointModel(ImageDetector):
         with capture_input(self.model.norm, lambda entered: states.append(entered[:, -1])):
             generated = self.model.network.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
         ends = end_tokens(self.model)
-        return [until_special(row, ends) for row in generated.tolist()], torch.stack(states, dim=1)
+        return [split_at_special(row, ends)[0] for row in generated.tolist()], torch.stack(states, dim=1)
 
     def replies(
         self,

@@ -26,7 +26,6 @@ PACKED_ROWS = 16
 """Prompts of a batch that is worth packing weights for, which takes as long as a step or two."""
 
 
-@torch.inference_mode()
 def generate(
     model: LoadedModel,
     prompts: Sequence[str],
@@ -35,7 +34,20 @@ def generate(
     decoding: Decoding = GREEDY,
     banned: Sequence[Sequence[list[int]]] = (),
 ) -> list[list[int]]:
-    """Return the token ids that the model writes after each prompt, without the end token.
+    """Return the token ids that the model writes after each prompt, without the end token: see `generate_to_end`."""
+    return [tokens for tokens, _ in generate_to_end(model, prompts, images, longest, decoding, banned)]
+
+
+@torch.inference_mode()
+def generate_to_end(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    images: Sequence[Image | None],
+    longest: int = LONGEST,
+    decoding: Decoding = GREEDY,
+    banned: Sequence[Sequence[list[int]]] = (),
+) -> list[tuple[list[int], int | None]]:
+    """Return the token ids that the model writes after each prompt, and the token that ends them; None if cut off.
 
     Each is the likeliest, by the model alone or by a `decoding`; prompts without an image are always continued by the
     model alone. `banned` has per prompt the token sequences that it may not be continued with. Raises InputError for a
@@ -54,7 +66,7 @@ def generate(
     if alone and len(images) > 1:
         own = [[row] for row in banned] or [[]] * len(images)
         triples = zip(prompts, images, own, strict=True)
-        return [generate(model, [one], [image], longest, decoding, some)[0] for one, image, some in triples]
+        return [generate_to_end(model, [one], [image], longest, decoding, some)[0] for one, image, some in triples]
     if not plain:
         features = add_noise(model, features, seen, decoding)
     if not model.parts.encoder_decoder:
@@ -91,7 +103,7 @@ def generate(
     ends = end_tokens(model)
     # An encoder-decoder's output begins with its start token. Views write what their image writes.
     tokens = written[: len(images)].tolist()
-    return [until_special(row, ends, begun=not model.parts.encoder_decoder) for row in tokens]
+    return [split_at_special(row, ends, begun=not model.parts.encoder_decoder) for row in tokens]
 
 
 def check_decoding(model: LoadedModel, decoding: Decoding) -> None:
@@ -130,8 +142,11 @@ def caption_of(model: LoadedModel, tokens: list[int]) -> tuple[str, list[tuple[i
     return text, list(pairwise([0, *stops]))
 
 
-def until_special(tokens: list[int], special: set[int], *, begun: bool = True) -> list[int]:
-    """Return the tokens before the first special one; without `begun`, leading special tokens are dropped first."""
+def split_at_special(tokens: list[int], special: set[int], *, begun: bool = True) -> tuple[list[int], int | None]:
+    """Return the tokens before the first special one, and that one; None without any.
+
+    Without `begun`, leading special tokens are dropped first.
+    """
     start = 0 if begun else next((index for index, token in enumerate(tokens) if token not in special), len(tokens))
     stop = next((index for index, token in enumerate(tokens[start:], start) if token in special), len(tokens))
-    return tokens[start:stop]
+    return tokens[start:stop], tokens[stop] if stop < len(tokens) else None

@@ -63,7 +63,7 @@ def compared(
 
 Part = tuple[ResumedForward, Sequence[Example]]
 Rows = tuple[tuple[Example, ...], ...]
-"""The answers of each part, in order. Methods differ in the kinds of answers that they keep, and in how they cut them."""
+"""The answers of each part, in order. Methods differ in the kinds that they keep, and in how they cut them."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from mmray.features.editing.augmentation import views
 from mmray.features.editing.caption_rewriting import replaced as with_nouns
 from mmray.features.editing.generation_cache import GenerationCache, record_generation
 from mmray.features.editing.settings import EditSettings
-from mmray.models.generation import caption_of, generate
+from mmray.models.generation import caption_of, generate_to_end
 from mmray.models.loading import LoadedModel, require_images
 from mmray.models.options import LONGEST
 from mmray.models.pixels import BUDGET, pixels_of, within_budget
@@ -85,14 +86,16 @@ class EditDataset:
     """Recorded while the model wrote some of these captions."""
     text_answers: dict[str | None, dict[str, list[Example]]] = field(default_factory=dict)
     """What is kept without an image, by kind, from a file or (None) the general set: the same for every edit."""
+    ends: Counter[int] = field(default_factory=Counter)
+    """How many answers the model ended with each token."""
 
     @property
-    def end(self) -> int:
-        """The token that ends an answer."""
-        ends = self.model.network.generation_config.eos_token_id
-        ends = self.model.tokenizer.eos_token_id if ends is None else ends
-        # Some models have several ends: any of them stops generation, and the first is the one that is taught.
-        return int(ends[0] if isinstance(ends, list) else ends)
+    def end(self) -> tuple[int, ...]:
+        """The token that the model ends its answers with; none before it has ended one.
+
+        Some models have several, and write another one than the first: an edit that taught that would change every end.
+        """
+        return tuple(token for token, _ in self.ends.most_common(1))
 
     @cached_property
     def source(self) -> Source:
@@ -155,7 +158,7 @@ class EditDataset:
 
     def end_of(self, own: Sequence[int], longest: int = LONGEST) -> tuple[int, ...]:
         """Return the end token of one of the model's own replies; nothing for one that was cut off at `longest`."""
-        return (self.end,) if len(own) < longest else ()
+        return self.end if len(own) < longest else ()
 
     def example(self, sample: Sample, answer: str | Sequence[int], own: Sequence[int]) -> Example:
         """Return a caption of a sample as an example: the model's own caption `own`, or a text that replaces it.
@@ -238,7 +241,7 @@ class EditDataset:
         images = [open_image(query.image, query.background) for query in queries]
         try:
             with record_generation(self.model) if cache else nullcontext() as recorder:
-                replies = generate(self.model, [query.prompt for query in queries], images, longest)
+                replies = generate_to_end(self.model, [query.prompt for query in queries], images, longest)
         except torch.OutOfMemoryError:
             if len(queries) == 1:
                 raise
@@ -251,10 +254,11 @@ class EditDataset:
                 *self._write_batch(queries[:half], longest, cache=cache),
                 *self._write_batch(queries[half:], longest, cache=cache),
             ]
+        self.ends.update(end for _, end in replies if end is not None)
         # Plus the end, which is predicted by a recorded step too.
         return [
             (tuple(tokens), recorder.of(row, len(tokens) + len(self.end_of(tokens, longest))) if recorder else None)
-            for row, tokens in enumerate(replies)
+            for row, (tokens, _) in enumerate(replies)
         ]
 
     def text(self, tokens: Sequence[int]) -> str:

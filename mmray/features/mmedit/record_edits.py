@@ -135,9 +135,9 @@ def prepare_record(session: Session, record: RecordTask, *, edited: bool = False
     examples, replies = [], []
     for query, own in zip(queries, dataset.replies(queries, LONGEST), strict=True):
         # Without the end token, which a reply that was cut off does not have.
-        said = own.tokens if len(own.tokens) == LONGEST else own.tokens[:-1]
+        said = own.tokens[: len(own.tokens) - (own.tokens[-1:] == dataset.end)]
         replies.append(said)
-        new = Example(prompt, query.image, (*tokens, dataset.end), sample_id=record.name, background=query.background)
+        new = Example(prompt, query.image, (*tokens, *dataset.end), sample_id=record.name, background=query.background)
         examples.append(departing(dataset, said, new))
     return PreparedRecord(record, replies[0], tuple(examples), edited)
 

@@ -112,7 +112,7 @@ def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):
     with deltas.added():
         images = [open_image(one.image, one.background) for one in captions]
         after = generate(model, [one.prompt for one in captions], images)
-    same = sum(one.tokens[: len(row) + 1] == (*row, dataset.end) for one, row in zip(captions, after, strict=True))
+    same = sum(one.tokens[: len(row) + 1] == (*row, *dataset.end) for one, row in zip(captions, after, strict=True))
     assert 0 < same < len(captions)
     assert measures["image_locality"] == pytest.approx(same / len(captions), abs=1e-4)
     # Nothing to measure: left out, and no bound is broken by it.

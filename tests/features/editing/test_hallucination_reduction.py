@@ -68,8 +68,8 @@ def test_new_captions_name_what_is_there_and_leave_what_was_said_at_one_place(da
         assert named <= one.present
         assert named >= {m.concept for m in one.mentions} & one.present
         place, said = example.rejected
-        assert (*one.tokens, dataset.end)[:place] == example.tokens[:place]
-        assert (*one.tokens, dataset.end)[place] == said != example.tokens[place]
+        assert (*one.tokens, *dataset.end)[:place] == example.tokens[:place]
+        assert (*one.tokens, *dataset.end)[place] == said != example.tokens[place]
 
 
 def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have_nothing_wrong(
@@ -80,7 +80,7 @@ def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have
     for example in [*found.guards, *found.keep]:
         one = by_id[example.sample_id]
         assert not one.wrong
-        assert example.tokens == (*one.tokens, dataset.end)
+        assert example.tokens == (*one.tokens, *dataset.end)
     assert all(words & {m.concept for m in by_id[e.sample_id].mentions} for e in found.guards)
     assert not {e.sample_id for e in found.guards} & {e.sample_id for e in found.keep}
     assert len(found.keep) == 48
@@ -187,7 +187,7 @@ def test_an_edit_scales_the_rows_of_what_does_more_at_mistakes_and_is_undone(pro
     run, last = probed_run
     sizes = {"samples": 4, "kept": 8, "layers": last + 1, "keep_text": KEPT_TEXT}
     request = edit_settings({"reduce_hallucination": True, "by": "probe", "method": "scale", "factor": 0.25, **sizes})
-    known = EditDataset(dataset.model, run, caption_tokens=dict(dataset.caption_tokens))
+    known = EditDataset(dataset.model, run, caption_tokens=dict(dataset.caption_tokens), ends=dataset.ends.copy())
     edit = make_edit(known, [request])
     found = dict(zip(zip(edit.layer.tolist(), edit.unit.tolist(), strict=True), edit.delta, strict=True))
     assert set(found) == {(0, 3), (last, 7)}

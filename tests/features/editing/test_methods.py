@@ -137,14 +137,27 @@ def test_kept_captions_are_learnt_on_as_they_were_heard(dataset):
     assert torch.equal(recalled.logits().argmax(dim=1), recalled.targets)
 
 
+def test_of_several_ends_the_one_that_the_model_writes_is_taught(dataset, monkeypatch):
+    model = dataset.model
+    own = model.tokenizer.eos_token_id
+    # Another token that would end an answer comes first, as in the settings of Gemma 3 and Llama 3.
+    other = next(token for token in range(5, 99) if token not in model.tokenizer.all_special_ids)
+    monkeypatch.setattr(model.network.generation_config, "eos_token_id", [other, own])
+    fresh = EditDataset(model, dataset.run)
+    assert fresh.end == ()
+    (sample,) = fresh.read(fresh.ids(["hammer"])[:1])
+    tokens = fresh.own_captions([sample])[0]
+    assert fresh.example(sample, tokens, tokens).tokens == (*tokens, own)
+
+
 def test_a_caption_that_was_cut_off_teaches_no_end(dataset):
     (sample,) = dataset.read(dataset.ids(["hammer"])[:1])
     tokens = dataset.own_captions([sample])[0]
     long = (tokens * LONGEST)[:LONGEST]
-    assert dataset.example(sample, tokens, tokens).tokens == (*tokens, dataset.end)
+    assert dataset.example(sample, tokens, tokens).tokens == (*tokens, *dataset.end)
     assert dataset.example(sample, long, long).tokens == long
     changed = departing(dataset, long, dataset.example(sample, "An image of a dog", long))
-    assert dataset.end not in changed.tokens
+    assert dataset.end[0] not in changed.tokens
     assert changed.rejected
 
 
