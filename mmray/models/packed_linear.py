@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from mmray.models.linear import is_dense
+
 LARGEST = 4 << 30
 """Bytes of weights that are packed: the packed copy takes as much memory again."""
 ROWS = 128
@@ -41,7 +43,9 @@ def _can_be_packed(linear: nn.Linear) -> bool:
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return both and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+    # torchao's quantised weights say that they are fp32.
+    plain = is_dense(linear.weight) and linear.weight.dtype == torch.float32
+    return both and plain and linear.weight.device.type == "cpu"
 
 
 @torch.no_grad()

@@ -22,6 +22,10 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Quantised(torch.Tensor):
+    """A weight in a format of its own."""
+
+
 @given(
     shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -41,9 +45,12 @@ def test_products_differ_by_rounding_alone(shape, sizes, bias, seed):
 
 
 def test_only_dense_fp32_layers_of_a_plain_type_are_packed():
-    layers = nn.ModuleList([nn.Linear(4, 4), Doubled(4, 4), nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4, device="meta")])
-    with packed_linears(layers):
-        assert ["forward" in vars(layer) for layer in layers] == [True, False, False, False]
+    layers = [nn.Linear(4, 4), Doubled(4, 4), nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4, device="meta")]
+    layers.append(nn.Linear(4, 4))
+    # As torchao does: the weight's type is its own, and its dtype that of the products.
+    layers[-1].weight = nn.Parameter(layers[-1].weight.detach().as_subclass(Quantised))
+    with packed_linears(nn.ModuleList(layers)):
+        assert ["forward" in vars(layer) for layer in layers] == [True, False, False, False, False]
 
 
 def test_hooks_are_called_and_later_changes_of_weights_count():

@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mmray.data.image_keys import one_per_image
 from mmray.errors import InputError
 from mmray.features.editing.dataset import EditDataset, Example, Prompt
 from mmray.features.editing.resumed_forward import recorded
+from mmray.models.generation import generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text, tokenize_caption
 from mmray.neurons.concepts import find_forms
+from mmray.neurons.split_on_oom import FAILURES
 from mmray.objects.prompts import presence
 from mmray.storage import open_object
 
@@ -94,21 +98,37 @@ def presence_answers(
 def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Example]]:
     """Return the model's replies to prompts without an image, and texts themselves, as continuations of a first word.
 
-    Raises InputError if `uri` can't be read.
+    None for a model that reads an image with every prompt. Raises InputError if `uri` can't be read.
     """
     if uri not in dataset.text_answers:
-        model, found = dataset.model, read_kept_text(uri)
-        queries = [Prompt(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
-        texts = [text.partition(" ") for text in found["texts"]]
-        continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
-        dataset.text_answers[uri] = {
-            "replies": [
-                *dataset.replies([one for one in queries if not _is_held_out(one)], LEARNED_TEXT),
-                *dataset.replies([one for one in queries if _is_held_out(one)], LONGEST_TEXT),
-            ],
-            "texts": recorded(model, continued),
-        }
+        found = read_kept_text(uri)
+        dataset.text_answers[uri] = _text_answers(dataset, found) if _answers_without_image(dataset.model) else {}
     return dataset.text_answers[uri]
+
+
+def _text_answers(dataset: EditDataset, found: Mapping[str, Sequence[str]]) -> dict[str, list[Example]]:
+    model = dataset.model
+    queries = [Prompt(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
+    texts = [text.partition(" ") for text in found["texts"]]
+    continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
+    return {
+        "replies": [
+            *dataset.replies([one for one in queries if not _is_held_out(one)], LEARNED_TEXT),
+            *dataset.replies([one for one in queries if _is_held_out(one)], LONGEST_TEXT),
+        ],
+        "texts": recorded(model, continued),
+    }
+
+
+def _answers_without_image(model: LoadedModel) -> bool:
+    """Return whether the model takes a prompt without an image, which BLIP-2, IDEFICS, PaliGemma and others don't."""
+    try:
+        generate(model, [prompt_text(model, "Hello", "en", image=False)], [None], 1)
+    except torch.OutOfMemoryError:
+        raise
+    except (InputError, *FAILURES):
+        return False
+    return True
 
 
 def read_kept_text(uri: str | None) -> dict[str, list[str]]:

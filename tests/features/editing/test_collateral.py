@@ -1,6 +1,7 @@
 """What an edit must leave alone: the answers kept, how they are split, and what is said of an edit that breaks them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,12 @@ def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
             read_kept_text(str(tmp_path / "bad.json"))
     with pytest.raises(InputError, match="no such file"):
         read_kept_text(str(tmp_path / "absent.json"))
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("blip2_opt", set()), ("llava", {"replies", "texts"})])
+def test_text_is_kept_where_the_model_takes_text_alone(open_model, few_texts, family, kinds):
+    dataset = EditDataset(open_model(family), SimpleNamespace())
+    assert {kind for kind, examples in text_answers(dataset, few_texts).items() if examples} == kinds
 
 
 def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):
