@@ -155,6 +155,15 @@ def open_model(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
+def open_type(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Any]:
+    """Return a type outside the table as `mmray.load_model` gives it; shared by all tests: leave it as it was."""
+    from mmray.models.tiny.kind_checkpoints import build
+    from mmray.neurons.model import load_model
+
+    return cache(lambda name: load_model(str(shared(f"type {name}", lambda folder: build(name, folder)))))
+
+
+@pytest.fixture(scope="session")
 def demo(open_model: Callable[[str], Any]) -> Any:
     return open_model("demo")
 

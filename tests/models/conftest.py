@@ -3,21 +3,11 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
 
 from tests.support.networks import Loaded, example
-
-
-@pytest.fixture(scope="session")
-def open_type(shared: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str], Any]:
-    """Return a type outside the table as `mmray.load_model` gives it; shared by all tests: leave it as it was."""
-    from mmray.models.tiny.kind_checkpoints import build
-    from mmray.neurons.model import load_model
-
-    return cache(lambda name: load_model(str(shared(f"type {name}", lambda folder: build(name, folder)))))
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,8 @@ def edit(
         refused = bool(facts["broken"]) and not allow_collateral
         if not as_json:
             say(f"on answers that it was not learned from: {verdict(facts['validation'])['words']}")
-            say("  " + ", ".join(f"{name} {value:g}" for name, value in facts["validation"].items()))
+            if facts["validation"]:
+                say("  " + ", ".join(f"{name} {value:g}" for name, value in facts["validation"].items()))
         if not refused:
             # Learning may take minutes, in which another process may have taken over the folder.
             lease.verify()

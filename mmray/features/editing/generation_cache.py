@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmray.models.blocks import block_of, block_output
 from mmray.models.capture import capture_activations, capture_input
+from mmray.models.families import habits_of
 from mmray.models.loading import LoadedModel
 from mmray.models.mlp_inputs import MlpInputs
 
@@ -70,13 +71,15 @@ def record_generation(model: LoadedModel) -> Iterator[GenerationRecorder]:
     """Record the last block at the last position of each forward inside the `with` block.
 
     Nothing is recorded for encoder-decoders, which may write special tokens first, for routed experts, whose neurons
-    are too many to keep, for decoders of several streams, and under generation settings in `UNRECORDED`.
+    are too many to keep, for decoders of several streams, for families whose prompts may have to be answered one by
+    one, and under generation settings in `UNRECORDED`.
     """
     recorder = GenerationRecorder()
     layer = len(model.widths) - 1
     projection = model.projections[layer]
     unrecorded = any(getattr(model.network.generation_config, name, None) for name in UNRECORDED)
-    if model.parts.encoder_decoder or projection.experts or model.streams is not None or unrecorded:
+    unrecorded |= model.parts.encoder_decoder or habits_of(model.network.config).rewrites_prompt
+    if unrecorded or projection.experts or model.streams is not None:
         yield recorder
         return
     activations: list[Tensor] = []

@@ -23,6 +23,7 @@ from mmray.features.editing.edit import WeightEdit, cost
 from mmray.features.editing.edit_methods import EDIT_METHODS
 from mmray.features.editing.locating import last_layers, matched
 from mmray.features.editing.patch import Detectors, Patch
+from mmray.features.editing.resumed_forward import can_be_resumed
 from mmray.features.editing.settings import EditSettings
 from mmray.features.editing.task import FIRST_OPENING, OPENINGS, Task, prepare
 from mmray.features.editing.training import TrainingConfig, learn
@@ -225,7 +226,10 @@ def _tried(task: Task) -> Try:
     function = resolve_name(method.function)
     # A closed form sees one layer's rows, a learned method the whole task.
     deltas = _closed_form(task, function) if method.closed_form else function(task)
-    gone = all(purpose.kind == "suppress" for purpose in task.purposes)
+    if not can_be_resumed(task.model):
+        # A closed form can be made without a look at answers, and is saved unmeasured.
+        return Try(task, deltas, {})
+    gone = all(purpose.kind in ("suppress", "noise") for purpose in task.purposes)
     measures = validate(task.model, deltas, task.new, task.held_out, task.kept.held_out, gone=gone, before=task.before)
     return Try(task, deltas, measures)
 

@@ -133,10 +133,10 @@ def resume_all(
 def recorded(model: LoadedModel, examples: Sequence[Example]) -> list[Example]:
     """Return the examples, each with a `GenerationCache`: edits of the last layer then need no forward of them.
 
-    Routed experts stay without, because their neurons are too many to keep.
+    Routed experts stay without, because their neurons are too many to keep, and models that can't be resumed.
     """
     layer = len(model.widths) - 1
-    if model.projections[layer].experts:
+    if model.projections[layer].experts or not can_be_resumed(model):
         return list(examples)
     # Nothing is learned with these: they only say whose activations a resumed forward keeps.
     all_units = Deltas(model, [(layer, unit) for unit in range(model.widths[layer])])
@@ -215,13 +215,18 @@ def batched(model: LoadedModel, examples: Sequence[Example]) -> list[tuple[Batch
     return found
 
 
+def can_be_resumed(model: LoadedModel) -> bool:
+    """Return whether blocks end with their MLP, so that what an edit adds reaches their output unchanged."""
+    return all(projection.ends_block for projection in model.projections)
+
+
 @torch.no_grad()
 def resume(model: LoadedModel, batch: Batch, deltas: Deltas) -> ResumedForward:
     """Forward the batch once, and keep what is needed to resume it from the first edited layer.
 
     Raises InputError if the blocks go on after their MLP: what an edit adds would not reach their output unchanged.
     """
-    if not all(projection.ends_block for projection in model.projections):
+    if not can_be_resumed(model):
         raise InputError(
             f"{model.name}: its blocks go on after their MLP, so edits can't be learned; use --method zero or scale"
         )

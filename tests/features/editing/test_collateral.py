@@ -1,6 +1,8 @@
 """What an edit must leave alone: the answers kept, how they are split, and what is said of an edit that breaks them."""
 
+import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +21,11 @@ from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.task import prepare
 from mmray.features.editing.validation import broken, validate
 from mmray.models.generation import generate
-from mmray.models.parts import unembedding_rows
+from mmray.models.parts import output_rows, unembedding_rows
+from mmray.models.prompting import prompt_text
 from mmray.neurons.model import open_image
 from mmray.runs.run import open_run
+from tests.support.samples import picture, png
 
 QUICK = {"kept": 24, "samples": 8, "steps": 2}
 
@@ -109,6 +113,27 @@ def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
 def test_text_is_kept_where_the_model_takes_text_alone(open_model, few_texts, family, kinds):
     dataset = EditDataset(open_model(family), SimpleNamespace())
     assert {kind for kind, examples in text_answers(dataset, few_texts).items() if examples} == kinds
+
+
+def test_prompts_of_several_lengths_are_kept_in_a_family_that_answers_them_one_by_one(open_type):
+    model = open_type("blip")
+    dataset = EditDataset(model, SimpleNamespace())
+    prompts = [prompt_text(model, text, "en") for text in ("Is it red?", "Is there a dog in this image?", "Why?")]
+    image = png(picture(1))
+    together = dataset.replies([Prompt(prompt, image) for prompt in prompts], 4)
+    assert [one.tokens for one in together] == [dataset.replies([Prompt(p, image)], 4)[0].tokens for p in prompts]
+
+
+def test_where_blocks_go_on_after_their_mlp_rows_can_be_zeroed_and_not_learned(dataset, demo_run, few_texts):
+    model = copy.copy(dataset.model)
+    vars(model)["projections"] = tuple(replace(one, ends_block=False) for one in model.projections)
+    request = {"suppress": "hammer", "keep_text": few_texts, **QUICK}
+    edit = make_edit(EditDataset(model, demo_run), [edit_settings(request | {"method": "zero"})])
+    rows = output_rows(model.network, model.projections[-1])[edit.unit]
+    torch.testing.assert_close(edit.delta, -rows)
+    assert edit.facts["validation"] == {}
+    with pytest.raises(InputError, match="use --method zero or scale"):
+        make_edit(EditDataset(model, demo_run), [edit_settings(request)])
 
 
 def test_unchanged_means_that_greedy_decoding_writes_the_same(dataset, task):

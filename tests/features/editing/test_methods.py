@@ -179,13 +179,18 @@ def test_controls_are_of_the_same_layers(dataset, demo_run):
     assert set(matched(dataset.model, half, 0)) == {(7, unit) for unit in range(1, dataset.model.widths[7], 2)}
     with pytest.raises(InputError, match="a layer has too few others; lower --neurons"):
         matched(dataset.model, [*half, (7, 1)], 0)
-    harmed = sharing(demo_run, neurons)
-    table = {r["sample_id"]: r["neurons"] for r in demo_run.table("occurrences").to_pylist()}
-    assert all(
-        any((entry["layer"], entry["unit"]) in set(neurons) for entry in table[name])
-        for name in harmed[:20]
-        if name in table
-    ) or len(harmed) < len(table)
+
+
+def test_captions_that_share_neurons_are_those_whose_nouns_they_write_the_most_first(demo_run):
+    neurons = set(located(demo_run, "hammer", 30, [6, 7]))
+    reached = {}
+    for row in demo_run.table("occurrences").to_pylist():
+        scores = [max(one["score"], 0) for one in row["neurons"] if (one["layer"], one["unit"]) in neurons]
+        reached[row["sample_id"]] = max(sum(scores), reached.get(row["sample_id"], 0))
+    found = sharing(demo_run, list(neurons))
+    assert set(found) == {name for name, score in reached.items() if score > 0} < set(reached)
+    amounts = [reached[name] for name in found]
+    assert amounts == pytest.approx(sorted(amounts, reverse=True), rel=1e-6)
 
 
 def test_a_banned_word_is_not_written(dataset):

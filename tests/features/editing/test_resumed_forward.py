@@ -1,6 +1,5 @@
 """What is run again after the first edited MLP is what the whole network computes, in every family, edited or not."""
 
-import io
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -15,18 +14,9 @@ from mmray.features.editing.generation_cache import record_generation
 from mmray.features.editing.resumed_forward import joined, resume, resume_all
 from mmray.models.generation import generate
 from mmray.models.loading import digest
-from mmray.models.norms import vocabulary_logits
 from mmray.models.prompting import prompt_text
 from mmray.models.tiny.variants import VARIANTS
-from tests.support.samples import CAPTIONS, batch_of, picture
-
-
-def png(image):
-    """Return a picture as a file of it."""
-    written = io.BytesIO()
-    image.save(written, "png")
-    return written.getvalue()
-
+from tests.support.samples import CAPTIONS, batch_of, picture, png
 
 NEURONS = {"last": [(1, 3), (1, 20), (1, 7)], "both": [(0, 5), (1, 3), (0, 11)], "first": [(0, 2)]}
 
@@ -130,11 +120,3 @@ def test_rank_one_rows_are_a_product(open_model):
     rows = deltas.rows(1)
     assert torch.linalg.matrix_rank(rows.detach()) == 1
     assert torch.equal(rows.detach()[:, 0], direction * 0.5)
-
-
-def test_states_feed_the_final_norm(open_model):
-    model = open_model("llava")
-    deltas = Deltas(model, NEURONS["last"])
-    rest = resume(model, batch_of(model, CAPTIONS[:2])[0], deltas)
-    with torch.no_grad():
-        assert torch.equal(vocabulary_logits(model, rest.states(None)), rest.logits())
