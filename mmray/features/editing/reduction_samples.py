@@ -177,7 +177,9 @@ def _wordings(dataset: EditDataset, own: OwnCaption) -> set[str]:
     """
     language = dataset.language
     rightly_named = _concepts(own.mentions) & own.present
-    found = {own.sample.caption} if (own.sample.language or "en") == language else set()
+    # Data without captions has empty ones, which name nothing absent either.
+    captioned = own.sample.caption.strip() and (own.sample.language or "en") == language
+    found = {own.sample.caption} if captioned else set()
     captions = {own.caption}
     for _ in own.wrong:
         captions = {shorter for caption in captions for shorter in _without_first_wrong(dataset, own, caption)}

@@ -63,15 +63,19 @@ def evaluate(
     texts = text_questions_of(settings, statistics, evaluator.requests.words)
     held_out = held_out_texts(settings.text_count, settings.seed)
     parts = [evaluator.samples(samples), evaluator.texts(texts), evaluator.held_out(held_out)]
-    if own:
-        # An own image that is among the samples counts there, and not twice.
-        known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
-        others = [sample for sample in own if not isinstance(sample, Sample) or sample.image_key not in known]
-        parts.append(evaluator.samples(others, own=True))
     if settings.mmedit:
         parts.append(evaluator.records(read_records(settings.mmedit, settings.mmedit_images)))
     if settings.pope:
         parts.append(evaluator.released(open_pope(settings.pope, settings.pope_images)))
+    if own:
+        # An own image that is among the samples counts there, and not twice.
+        known = {row["image"] for row in parts[0].captions if row["role"] == EDITED}
+        others = [sample for sample in own if not isinstance(sample, Sample) or sample.image_key not in known]
+        if not {sample.sample_id for sample in samples}.isdisjoint(sample.sample_id for sample in others):
+            # Ids of the edit's data may be those of other images here, and replies are known by id.
+            own_baseline = BaselineReplies(model, settings.batch_size, settings.prompt, settings.longest)
+            evaluator = EditEvaluator(own_baseline, edit, statistics, settings)
+        parts.append(evaluator.samples(others, own=True))
     tables = [part.tables() for part in parts]
     whole = {name: pa.concat_tables([table[name] for table in tables]) for name in tables[0]}
     measures = summarise(whole["measurements"], settings)

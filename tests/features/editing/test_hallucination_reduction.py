@@ -1,6 +1,7 @@
 """What the demo claims and is not there: found, put right, located in contrast, and unlearnt."""
 
 import shutil
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -11,7 +12,7 @@ from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.divergence import contrasting, divergence
 from mmray.features.editing.locating import probed
 from mmray.features.editing.methods import make_edit
-from mmray.features.editing.reduction_samples import hallucinations, own_captions, pairs_of
+from mmray.features.editing.reduction_samples import _wordings, hallucinations, own_captions, pairs_of
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.training import log_likelihoods
 from mmray.models.generation import generate
@@ -70,6 +71,13 @@ def test_new_captions_name_what_is_there_and_leave_what_was_said_at_one_place(da
         place, said = example.rejected
         assert (*one.tokens, *dataset.end)[:place] == example.tokens[:place]
         assert (*one.tokens, *dataset.end)[place] == said != example.tokens[place]
+
+
+def test_nothing_is_said_instead_where_the_data_has_no_caption(dataset, captions):
+    """A caption of which all is wrong leaves no wording, rather than the empty caption."""
+    one = next(one for one in captions if one.mentions)
+    without = replace(one, sample=replace(one.sample, caption=""), present=frozenset())
+    assert "" not in _wordings(dataset, without)
 
 
 def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have_nothing_wrong(

@@ -60,6 +60,21 @@ def close(one: Evaluated, other: Evaluated) -> None:
     assert one.captions.sort_by("sample_id").equals(other.captions.sort_by("sample_id"))
 
 
+def test_ids_of_the_edit_s_own_samples_may_be_those_of_other_images(
+    demo: Any, some: list[Sample], facts: ObjectStatistics
+) -> None:
+    others = [sample for sample in some if CAT not in (sample.objects or ())][:2]
+    own = [sample for sample in some if CAT in (sample.objects or ())][:2]
+    renamed = [replace(one, sample_id=other.sample_id) for one, other in zip(own, others, strict=True)]
+    found = []
+    for samples in (own, renamed):
+        edit = swap(CAT, "dog", samples=tuple(one.sample_id for one in own))
+        found.append(evaluate(demo, edit, others, SETTINGS, own=samples, statistics=facts).measures)
+    assert found[0]["reliability"]["n"] == len(own)
+    for name in ("reliability", "image_locality"):
+        assert (found[0][name]["after"], found[0][name]["n"]) == (found[1][name]["after"], found[1][name]["n"])
+
+
 def test_every_bound_is_that_of_a_measure() -> None:
     assert {bound.measure for bound in BOUNDS} <= set(MEASURES)
 
