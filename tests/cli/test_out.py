@@ -1,5 +1,6 @@
 """OUT: never by accident the current folder, the data's, or another edit's; a refused census leaves it free."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -183,6 +184,18 @@ def test_an_edit_is_not_written_over_another(mmray: Mmray, run: Run, tmp_path: P
     # The same one is made again.
     check_free(str(folder), [edit_settings({"suppress": first})])
     assert open_edit(folder).purpose.source == first
+    # Not if it was made on another run; and one whose rows are damaged may be made again.
+    check_free(str(folder), [edit_settings({"suppress": first})], "runs/this")
+    facts = json.loads(before)
+    facts["settings"]["run"] = "runs/other"
+    (folder / "edit.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="holds an edit of another run, runs/other"):
+        check_free(str(folder), [edit_settings({"suppress": first})], "runs/this")
+    (folder / "edit.safetensors").write_bytes(b"damaged")
+    check_free(str(folder), [edit_settings({"suppress": first})])
+    (folder / "edit.json").write_text("{")
+    with pytest.raises(InputError, match="can't be read"):
+        check_free(str(folder), [edit_settings({"suppress": first})])
 
 
 @pytest.mark.parametrize("method", [name for name, method in EDIT_METHODS.items() if method.closed_form])

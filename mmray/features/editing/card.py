@@ -28,7 +28,7 @@ def edit_card(edit: WeightEdit) -> str:
         "L2 norm of the change": f"{float(edit.delta.norm()):.4g}",
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {purposes}", ""]
-    lines += ["An edit of a vision-language model, as rows to add to the projections of its MLPs.", ""]
+    lines += ["An edit of a language model, as rows to add to the projections of its MLPs.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
     if validation := edit.facts.get("validation"):
         lines += ["On answers that it was not learned from: " + verdict(validation)["words"] + ".", ""]
@@ -48,7 +48,7 @@ def edit_card(edit: WeightEdit) -> str:
         "",
         'model, edit = mmray.load_model("MODEL"), mmray.open_edit("EDIT")',
         "with edit.applied(model):  # undone to the byte at the end of the block",
-        '    model.caption("image.jpg")',
+        '    model.caption("image.jpg")  # or, without an image: model.generate([None], "PROMPT")',
         "```",
         "",
     ]

@@ -60,9 +60,10 @@ def edit(
 
     checked = edit_settings(settings)
     # Refused before the model is loaded and the edit learned.
-    check_free(out, [checked])
+    analysed = open_run(run)
+    check_free(out, [checked], analysed.uri)
     with drive_analysis(out) as lease:
-        made = edit_run(open_run(run), checked)
+        made = edit_run(analysed, checked)
         facts, purpose = made.facts, made.purpose
         refused = bool(facts["broken"]) and not allow_collateral
         if not as_json:

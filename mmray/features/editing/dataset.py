@@ -274,15 +274,22 @@ class EditDataset:
         return list(dict.fromkeys(map(self.name, rows["sample_id"].to_pylist())))
 
 
-def open_edit_dataset(run: Run, settings: EditSettings) -> EditDataset:
-    """Load the run's model, and return the dataset for an edit of the run.
-
-    Raises InputError for an edit that needs images of a text-only model.
-    """
+def check_images(run: Run, settings: EditSettings) -> None:
+    """Raise InputError for an edit that needs images of a text-only model."""
     known = run.info["settings"]
     if settings.reduce_hallucination:
         require_images(known["model"], "--reduce-hallucination", trust_remote_code=known["trust_remote_code"])
-    model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
+
+
+def open_edit_dataset(run: Run, settings: EditSettings, model: NeuronModel | None = None) -> EditDataset:
+    """Return the dataset for an edit of the run, whose model is loaded unless it is given.
+
+    Raises InputError for an edit that needs images of a text-only model.
+    """
+    check_images(run, settings)
+    known = run.info["settings"]
+    if model is None:
+        model = load_model(known["model"], known["dtype"], trust_remote_code=known["trust_remote_code"])
     return EditDataset(model, run, settings.language, settings.prompt or known["prompt"])
 
 

@@ -187,16 +187,24 @@ class WeightEdit:
         store.put(FACTS_FILE, json.dumps(facts, indent=1, ensure_ascii=False).encode())
 
 
-def check_free(uri: str, requests: Sequence[EditSettings]) -> None:
-    """Raise InputError if the folder holds an edit with other settings than these."""
-    if not open_store(uri).exists(FACTS_FILE):
+def check_free(uri: str, requests: Sequence[EditSettings], run: str | None = None) -> None:
+    """Raise InputError if the folder holds an edit with other settings than these, or of another `run`, if given.
+
+    One that is damaged may be made again in its place.
+    """
+    try:
+        facts = json.loads(open_store(uri).read(FACTS_FILE))
+        made_with, made_for = facts["settings"], _purpose(facts["purposes"][0]).summary
+        # The key of edits that are already on disk: another one would make them all look foreign.
+        same = made_with.get("wishes") == [request.model_dump() for request in requests]
+    except FileNotFoundError:
         return
-    before = open_edit(uri)
-    # The key of edits that are already on disk: another one would make them all look foreign.
-    if before.settings.get("wishes") != [request.model_dump() for request in requests]:
-        raise InputError(
-            f"{uri}: holds an edit with other settings ({before.purpose.summary}); give this one another folder"
-        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{uri}/{FACTS_FILE}: can't be read ({error}); remove it, or give another folder") from error
+    if not same:
+        raise InputError(f"{uri}: holds an edit with other settings ({made_for}); give this one another folder")
+    if run is not None and made_with.get("run", run) != run:
+        raise InputError(f"{uri}: holds an edit of another run, {made_with['run']}; give this one another folder")
 
 
 def cost(

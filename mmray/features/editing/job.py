@@ -24,7 +24,7 @@ from mmray.engine import (
     known_by_digest,
 )
 from mmray.errors import InputError, StorageError
-from mmray.features.editing.dataset import EditDataset, open_edit_dataset
+from mmray.features.editing.dataset import EditDataset, check_images, open_edit_dataset
 from mmray.features.editing.edit import check_free
 from mmray.features.editing.methods import make_edit
 from mmray.features.editing.settings import EditSettings
@@ -62,6 +62,7 @@ class EditJob(Job[NamedEditSettings, None]):
             raise InputError(f"edit {name!r}: give it a name without slashes; its folder is called so")
         run = open_run(self.settings.run)
         # Fail here, before a worker loads the model.
+        check_images(run, request)
         for concept in filter(None, (request.source, request.suppress)):
             run.rank(concept, 1)
         check_free(self.target, [request])
@@ -73,7 +74,7 @@ class EditJob(Job[NamedEditSettings, None]):
 
     @classmethod
     def workers(cls, jobs: Sequence[Job[NamedEditSettings, None]], contexts: Sequence[None]) -> list[Worker]:
-        """Return the functions that make the edits; those of one language and prompt share a dataset."""
+        """Return the functions that make the edits; those of one language and prompt share a dataset, all the model."""
         run = open_run(jobs[0].settings.run)
         datasets: dict[tuple[str, str | None], EditDataset] = {}
 
@@ -83,7 +84,9 @@ class EditJob(Job[NamedEditSettings, None]):
 
             def make(_: Unit) -> UnitResult:
                 if key not in datasets:
-                    datasets[key] = open_edit_dataset(run, request)
+                    # They differ in what is asked; the model is one.
+                    loaded = next((dataset.model for dataset in datasets.values()), None)
+                    datasets[key] = open_edit_dataset(run, request, loaded)
                 dataset = datasets[key]
                 try:
                     edit = make_edit(dataset, [request])

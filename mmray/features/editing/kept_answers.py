@@ -59,7 +59,8 @@ def kept_answers(
 ) -> KeptAnswers:
     """Return these captions, and the model's answers about some of their images and without any image, in two parts.
 
-    `words` are those of the edit; half of the questions ask about them. Raises InputError if `keep_text` can't be read.
+    `words` are those of the edit, about which a quarter of the questions ask. Raises InputError if `keep_text` can't
+    be read.
     """
     kinds = {"captions": list(captions), "answers": presence_answers(dataset, captions, words, seed)}
     kinds |= text_answers(dataset, keep_text)
@@ -78,9 +79,10 @@ def _is_held_out(one: Example | Prompt) -> bool:
 def presence_answers(
     dataset: EditDataset, captions: Sequence[Example], words: Sequence[str], seed: int
 ) -> list[Example]:
-    """Return the model's answers to whether an object is in these captions' images: one there, and one that is not.
+    """Return the model's answers to whether objects are in the first of these captions' images.
 
-    Every other absent object is one of the edit's words, whose answers are the first to change.
+    Two per image: one object that is there, and one that is not. Every other absent one is a word of the edit, whose
+    answers are the first to change.
     """
     rng = random.Random(seed)
     queries = []
@@ -109,8 +111,8 @@ def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Exampl
 def _text_answers(dataset: EditDataset, found: Mapping[str, Sequence[str]]) -> dict[str, list[Example]]:
     model = dataset.model
     queries = [Prompt(prompt_text(model, prompt, dataset.language, image=False)) for prompt in found["prompts"]]
-    texts = [text.partition(" ") for text in found["texts"]]
-    continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, _, rest in texts]
+    begun = map(_begun, found["texts"])
+    continued = [Example(first, None, tuple(tokenize_caption(model, first, rest)[0])) for first, rest in begun]
     return {
         "replies": [
             *dataset.replies([one for one in queries if not _is_held_out(one)], LEARNED_TEXT),
@@ -140,12 +142,24 @@ def read_kept_text(uri: str | None) -> dict[str, list[str]]:
         return dict(json.loads(KEPT_TEXT.read_text("utf-8")))
     store, name = open_object(uri)
     try:
-        found = json.loads(store.read(name))
-        return {key: [str(text) for text in found[key] if str(text).strip()] for key in ("prompts", "texts")}
+        content = json.loads(store.read(name))
+        found = {key: content[key] for key in ("prompts", "texts")}
     except FileNotFoundError:
         raise InputError(f"--keep-text {uri}: no such file; give JSON with the lists prompts and texts") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--keep-text {uri}: not JSON with the lists prompts and texts; correct it") from None
+    for key, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"--keep-text {uri}: {key} is no list of texts; correct it")
+    stripped = {key: [text.strip() for text in texts] for key, texts in found.items()}
+    # A text of one character has nothing to continue.
+    return {key: [text for text in stripped[key] if len(text) > (key == "texts")] for key in stripped}
+
+
+def _begun(text: str) -> tuple[str, str]:
+    """Return the first word of a text and the rest; of one without blanks, such as Chinese, the first character."""
+    first, blank, rest = text.partition(" ")
+    return (first, rest) if blank else (text[:1], text[1:])
 
 
 def images_to_keep(model: LoadedModel, asked: int | None) -> int:

@@ -31,7 +31,8 @@ class EditSettings(BaseModel):
     method: Method = Field("learned", description=methods_help())
     neurons: int | None = Field(None, ge=1)
     """Most located neurons to edit, in one try. Default: 50 for a swap, which must also write the target, else 30; if a
-    bound is then broken, more of them, and then idle neurons that are patched."""
+    bound is then broken, more of them, and then idle neurons that are patched. A patch takes one neuron per token: with
+    --method patch, any number makes one try."""
     layers: int = Field(1, ge=1)
     """Number of last layers whose neurons may be edited. With 1, learning runs no block of the network."""
     by: By = "specific"
@@ -71,8 +72,9 @@ class EditSettings(BaseModel):
             raise ValueError("give --source and --target, or --suppress, or --reduce-hallucination")
         if swap and (self.source is None or self.target is None):
             raise ValueError("--source and --target go together")
-        if swap and self.source == self.target:
-            raise ValueError("--source and --target are the same")
+        if self.concept and self.concept == self.new_word.casefold():
+            names = "--source and --target" if swap else "--suppress and --replacement"
+            raise ValueError(f"{names} are the same word; give another one")
         if self.by == "probe" and not self.reduce_hallucination:
             raise ValueError("--by probe is for --reduce-hallucination")
         if swap and EDIT_METHODS[self.method].closed_form:

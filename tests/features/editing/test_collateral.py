@@ -101,9 +101,14 @@ def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
     assert [len(found[kind]) for kind in ("replies", "texts")] == [5, 2]
     assert text_answers(dataset, few_texts) is found
     assert dataset.text(found["texts"][0].tokens) == "image of a dog and a cat."
-    for content in ("no json", '["a"]', '{"prompts": []}'):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"prompts": [" Why? ", " "], "texts": [" Un chien.", "这是狗。", "!"]}))
+    assert read_kept_text(str(own)) == {"prompts": ["Why?"], "texts": ["Un chien.", "这是狗。"]}
+    assert [one.prompt for one in text_answers(dataset, str(own))["texts"]] == ["Un", "这"]
+    wrong = ('{"prompts": "Why?", "texts": []}', '{"prompts": [], "texts": [null]}')
+    for content in ("no json", '["a"]', '{"prompts": []}', *wrong):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(InputError, match="prompts and texts"):
+        with pytest.raises(InputError, match=r"prompts and texts|no list of texts"):
             read_kept_text(str(tmp_path / "bad.json"))
     with pytest.raises(InputError, match="no such file"):
         read_kept_text(str(tmp_path / "absent.json"))

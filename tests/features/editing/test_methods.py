@@ -1,13 +1,15 @@
 """What each way of editing computes, and what a learnt edit of the demo does."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mmray
+from mmray.engine import Unit
 from mmray.errors import InputError
-from mmray.features.editing import closed_form, published
+from mmray.features.editing import closed_form, job, published
 from mmray.features.editing.closed_form import LayerRows
 from mmray.features.editing.dataset import EditDataset, departing, replaced
 from mmray.features.editing.deltas import Deltas
@@ -148,6 +150,22 @@ def test_of_several_ends_the_one_that_the_model_writes_is_taught(dataset, monkey
     (sample,) = fresh.read(fresh.ids(["hammer"])[:1])
     tokens = fresh.own_captions([sample])[0]
     assert fresh.example(sample, tokens, tokens).tokens == (*tokens, own)
+
+
+def test_edits_of_a_worker_share_the_model(demo_run, monkeypatch):
+    """Also those of several languages, whose captions of the run's samples differ."""
+    seen = []
+    monkeypatch.setattr(job, "make_edit", lambda dataset, _: seen.append(dataset) or SimpleNamespace(save=str))
+    requests = [edit_settings({"suppress": "hammer", "language": language}) for language in ("en", "es", "en")]
+    jobs = [
+        job.EditJob(job.NamedEditSettings(run=demo_run.uri, name=str(number), wish=request))
+        for number, request in enumerate(requests)
+    ]
+    for work in job.EditJob.workers(jobs, [None] * len(jobs)):
+        work(Unit(1))
+    assert [dataset.language for dataset in seen] == ["en", "es", "en"]
+    assert len({id(dataset) for dataset in seen}) == 2
+    assert len({id(dataset.model) for dataset in seen}) == 1
 
 
 def test_a_caption_that_was_cut_off_teaches_no_end(dataset):
