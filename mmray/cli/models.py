@@ -51,9 +51,9 @@ def check_model(
     if not model and not every:
         raise InputError("Missing argument 'MODEL' or '--all'; see mmray check-model --help")
     if every and model:
-        raise InputError(f"{model}: not with --all, which checks every type; leave one of them out")
+        raise InputError("give MODEL or --all, not both")
     if write and not every:
-        raise InputError("--write takes the tables of --all; give this instead of a model")
+        raise InputError("--write needs --all: mmray check-model --all --write README.md")
     if every:
         _check_all(dtype, write, as_json=as_json)
         return

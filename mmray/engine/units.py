@@ -21,6 +21,7 @@ from mmray.engine.clock import peak_memory, timed_phases
 from mmray.engine.job import Job, Unit, UnitRefusedError, Worker, finished
 from mmray.errors import InputError, OutageError, StorageError
 from mmray.runs import ATTEMPTS, Receipt, RunFolder
+from mmray.runs.folder import REPLACED
 from mmray.runs.tables import ERRORS
 from mmray.storage import with_retries
 
@@ -209,7 +210,7 @@ def _open_folder(uri: str, fingerprint: str) -> RunFolder:
             "machine of the cluster sees, such as s3://BUCKET/PREFIX"
         )
     if info["fingerprint"] != fingerprint:
-        raise InputError(f"{folder.store.uri}: another run has been begun here; leave it to that one")
+        raise InputError(f"{folder.store.uri}: {REPLACED}")
     return folder
 
 

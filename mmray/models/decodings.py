@@ -50,7 +50,7 @@ class DecodingMethod:
 
     definition: str
     strength: float
-    """The published one, and the default."""
+    """The default: the published one, where there is one."""
     make: Callable[[float], tuple[tuple[tuple[str, float], ...], float]]
     """Returns views and attention of a `Decoding` for a strength."""
 

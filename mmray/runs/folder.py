@@ -44,6 +44,7 @@ ATTEMPTS = 3
 """Attempts at a shard without a commit before it is quarantined."""
 BY_NAME = "commits-by-name"
 """Key whose presence says that this run's store commits by name."""
+REPLACED = "another run has since begun here, so this worker stops; give each run an OUT of its own"
 logger = logging.getLogger(__name__)
 
 
@@ -355,7 +356,7 @@ class RunFolder:
         """Raise InputError if another run has replaced this one (`make_way`): this worker's driver is dead."""
         data = self._read_if_there("run.json")
         if data is not None and self._began not in ("", str(json.loads(data).get("fingerprint"))):
-            raise InputError(f"{self.store.uri}: another run has been begun here; leave it to that one")
+            raise InputError(f"{self.store.uri}: {REPLACED}")
 
     def read_part(self, receipt: Receipt, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return one part of a committed shard, or these columns, in the part's order, as far as it has them.

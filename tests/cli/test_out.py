@@ -159,9 +159,9 @@ def test_a_worker_of_the_replaced_run_commits_nothing(tiny: Callable[[str], Path
     with pytest.raises(KeyboardInterrupt):
         run_job(CensusJob(asked), executor=Stopped())
     census_here(tiny("llava"), data, out, shard_size=4)
-    assert "another run has been begun here" in left[0].run(1).problem
+    assert "another run has since begun here" in left[0].run(1).problem
     # and one that comes as late as that does not even load it.
-    assert "another run has been begun here" in UnitRunner(left[0].order).run(1).problem
+    assert "another run has since begun here" in UnitRunner(left[0].order).run(1).problem
     assert list(open_run(out).folder.receipts()) == [0]
 
 

@@ -78,7 +78,7 @@ def run_alignment(settings: AlignmentSettings, follow: Follow = lambda _: None) 
     source = open_source(settings.data, Columns(), captions=False)
     manifest = cut_for_training(source.files(), settings.batch_size, settings.shard_size, settings.limit)
     if not manifest.samples:
-        raise InputError(f"{settings.data}: has no samples")
+        raise InputError(f"{settings.data}: has no samples; check --data and --limit")
     # Planned before the training, so that wrong validation data is reported at once, not after hours.
     validation = plan_validation(settings)
     if settings.local and not RunFolder.at(settings.out).store.exists(FACTS):

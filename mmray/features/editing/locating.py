@@ -23,7 +23,7 @@ def located(run: Run, concept: str, count: int, layers: Sequence[int], by: str =
     rows = run.rank(concept, len(run.table("rankings")), by)
     rows = rows.filter(pc.is_in(rows["layer"], pc.cast(list(layers), "int16"))).slice(0, count)
     if not len(rows):
-        raise InputError(f"no ranked neuron of {concept!r} in layers {min(layers)} to {max(layers)}; edit more layers")
+        raise InputError(f"no ranked neuron of {concept!r} in layers {min(layers)} to {max(layers)}; raise --layers")
     return list(zip(rows["layer"].to_pylist(), rows["unit"].to_pylist(), strict=True))
 
 
@@ -37,7 +37,9 @@ def probed(run: Run, count: int, layers: Sequence[int], *, raised: bool) -> list
         raise InputError(f"{run.uri}: --by probe needs the neurons of `mmray hallucination {run.uri} --neurons`")
     rows = [row for row in table.to_pylist() if row["layer"] in layers and (row["weight"] > 0 or not raised)]
     if not rows:
-        raise InputError(f"no such neuron of the probe in layers {min(layers)} to {max(layers)}; edit more --layers")
+        raise InputError(
+            f"--by probe: the probe has no such neuron in layers {min(layers)} to {max(layers)}; raise --layers"
+        )
     rows.sort(key=lambda row: -abs(row["weight"]))
     return [(row["layer"], row["unit"]) for row in rows[:count]]
 
@@ -51,7 +53,7 @@ def matched(model: LoadedModel, neurons: Sequence[Neuron], seed: int) -> list[Ne
     if len(drawn) < len(neurons):
         raise InputError(
             f"--method random: {len(neurons)} neurons are located and a layer has too few others; lower --neurons, or "
-            "edit more --layers"
+            "raise --layers"
         )
     return drawn
 

@@ -106,7 +106,7 @@ def _positions(model: LoadedModel, new: list[Example], everything: Deltas) -> li
     found: dict[int, list[Tensor]] = defaultdict(list)
     for part, examples in resume_all(model, new, everything):
         if inputs is None or part.entered is None or not _is_known(inputs, part.entered, part.activation):
-            raise InputError(f"{model.name}: --method patch does not know how its neurons read")
+            raise InputError(f"{model.name}: --method patch can't rewrite what its neurons read; use --method learned")
         said = part.logits().argmax(1)
         start = 0
         for example in examples:
@@ -118,7 +118,7 @@ def _positions(model: LoadedModel, new: list[Example], everything: Deltas) -> li
                     found[int(part.targets[position])].append(part.entered[position].float())
             start += len(example.tokens)
     if not found:
-        raise InputError("--method patch: the model says the new words already")
+        raise InputError("--method patch: the model says the new words already; choose another --target")
     return [torch.stack(rows) for rows in found.values()]
 
 

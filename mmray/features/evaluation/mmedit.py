@@ -71,7 +71,7 @@ def read_records(uri: str, images: str | None) -> Records:
     try:
         content = json.loads(store.read(name))
     except FileNotFoundError:
-        raise InputError(f"--mmedit {uri}: no such file") from None
+        raise InputError(f"--mmedit {uri}: no such file; {form}") from None
     except ValueError as error:
         raise InputError(f"--mmedit {uri}: not JSON ({error}); {form}") from error
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):

@@ -102,7 +102,7 @@ def plan_evaluation(settings: EvaluationSettings, run: Run, edit: Edit) -> engin
     source = open_measured(census)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
-        raise InputError(f"{settings.data}: no sample in it")
+        raise InputError(f"{settings.data}: has no samples; check --data and --limit")
     found = survey(source, settings.ground_truth, settings.synonyms)
     settings = settings.model_copy(update={"ground_truth": found.ground_truth, "synonyms": found.synonyms})
     statistics = found.statistics

@@ -187,7 +187,7 @@ def open_cut(settings: DetectorSettings, data: str, columns: Columns) -> tuple[S
     source = open_source(data, columns, captions=False)
     manifest = cut(source.files(), settings.shard_size, settings.limit)
     if not manifest.samples:
-        raise InputError(f"{data}: no sample in it")
+        raise InputError(f"{data}: has no samples; check --data and --limit")
     return source, manifest
 
 

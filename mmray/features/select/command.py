@@ -11,13 +11,11 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
-    command_line,
     console,
     finish,
     run_with_progress,
     say,
     say_json,
-    say_next,
     with_settings,
 )
 
@@ -47,5 +45,4 @@ def select(
                 f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
                 f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
             )
-        say_next(command_line("edit", run, "--suppress", concepts[0], "--out", "EDIT"))
     finish(done, "sample", quiet=as_json)

@@ -182,7 +182,7 @@ def test_neurons_of_the_probe_are_taken_by_weight(probed_run, dataset):
     assert probed(run, 2, layers, raised=False) == [(last, 5), (last, 7)]
     assert probed(run, 9, layers, raised=True) == [(last, 7), (0, 3)]
     assert probed(run, 9, [last], raised=True) == [(last, 7)]
-    with pytest.raises(InputError, match="edit more --layers"):
+    with pytest.raises(InputError, match="raise --layers"):
         probed(run, 9, [1], raised=True)
     with pytest.raises(InputError, match="mmray hallucination"):
         probed(dataset.run, 9, layers, raised=True)
