@@ -48,7 +48,7 @@ from mmray.features.editing.edit import WeightEdit
 from mmray.features.editing.kept_answers import (
     ASKED,
     HELD_OUT,
-    KEPT_BY_LARGE,
+    KEPT,
     LEARNED_TEXT,
     LONGEST_TEXT,
     read_kept_text,
@@ -351,7 +351,7 @@ def size() -> None:
     prompts, image, caption = len(read_kept_text(None)["prompts"]), 576, 16
     tested = prompts // HELD_OUT
     counts = {
-        "caption": (KEPT_BY_LARGE, image + 2 * caption, caption),
+        "caption": (KEPT, image + 2 * caption, caption),
         "answer": (2 * ASKED, image + 2 * caption, 2),
         "text-only reply": (prompts - tested, LEARNED_TEXT + caption, LEARNED_TEXT),
         "text-only reply, held out": (tested, LONGEST_TEXT + caption, LONGEST_TEXT),

@@ -18,6 +18,7 @@ from mmray.data.image_keys import one_per_image
 from mmray.errors import InputError
 from mmray.features.editing.dataset import EditDataset, Example, Prompt
 from mmray.features.editing.resumed_forward import recorded
+from mmray.features.editing.settings import EditSettings
 from mmray.models.generation import generate
 from mmray.models.loading import LoadedModel
 from mmray.models.prompting import prompt_text, tokenize_caption
@@ -28,8 +29,8 @@ from mmray.storage import open_object
 
 KEPT_TEXT = Path(__file__).with_name("kept_text.json")
 """The general set of prompts and texts that comes with the package."""
-KEPT, KEPT_BY_LARGE, LARGE = 512, 256, 30_000_000
-"""Images whose captions must stay, the same for a large model, and the parameters of the largest that is not."""
+KEPT, KEPT_BY_SMALL, SMALL = 256, 512, 30_000_000
+"""Images whose captions must stay, the same in a swap of a small model, and the parameters of the largest small one."""
 ASKED = 32
 """Images that questions are asked about."""
 LONGEST_ANSWER = 16
@@ -162,12 +163,12 @@ def _begun(text: str) -> tuple[str, str]:
     return (first, rest) if blank else (text[:1], text[1:])
 
 
-def images_to_keep(model: LoadedModel, asked: int | None) -> int:
-    """Return of how many images the captions must stay: as asked, or else by the size of the model."""
-    if asked is not None:
-        return asked
+def images_to_keep(model: LoadedModel, settings: EditSettings) -> int:
+    """Return of how many images the captions must stay: as asked, or else by the kind of edit and size of the model."""
+    if settings.kept is not None:
+        return settings.kept
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    return KEPT if parameters <= LARGE else KEPT_BY_LARGE
+    return KEPT_BY_SMALL if settings.source and parameters <= SMALL else KEPT
 
 
 def kept(

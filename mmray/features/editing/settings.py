@@ -41,8 +41,8 @@ class EditSettings(BaseModel):
     samples: int = Field(24, ge=1)
     """Most images of the source, or of each hallucinated word, to make the edit on."""
     kept: int | None = Field(None, ge=0)
-    """Images of other concepts whose captions must stay as they are. Default: 512; 256 with a model of more than 30
-    million parameters, for which writing them takes most of the time."""
+    """Images of other concepts whose captions must stay as they are. Default: 256; 512 for a swap of a model of at most
+    30 million parameters, for which writing them takes little time."""
     keep_text: str | None = None
     """JSON file with the lists prompts and texts: text-only prompts whose replies must stay, and texts whose
     probabilities must. Default: a general set in several languages."""

@@ -118,7 +118,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
         target_samples += one_per_image(dataset.ids([target]), dataset.images)[:TARGET_IMAGES]
     # Images of the targets first, because `kept` takes only the beginning of this list.
     first = list(dict.fromkeys([*target_samples, *map(dataset.name, sharing(run, list(neurons)))]))
-    captions = kept(dataset, sources, images_to_keep(model, settings.kept), settings.seed, first)
+    captions = kept(dataset, sources, images_to_keep(model, settings), settings.seed, first)
     words = [word for purpose in purposes for word in (purpose.source, purpose.target) if word]
     keep = kept_answers(dataset, captions, words, settings.keep_text, settings.seed)
     if settings.searches:
@@ -133,7 +133,7 @@ def _rewording_task(dataset: EditDataset, requests: Sequence[EditSettings]) -> T
 
 def _hallucination_task(dataset: EditDataset, settings: EditSettings) -> Task:
     """Settle an edit that removes from captions what is not in the image."""
-    found = hallucinations(dataset, settings.samples, images_to_keep(dataset.model, settings.kept), settings.seed)
+    found = hallucinations(dataset, settings.samples, images_to_keep(dataset.model, settings), settings.seed)
     layers = last_layers(dataset.model, settings.layers)
     if settings.by == "probe":
         # Less of what is written more at true mentions would not reduce what is wrong.

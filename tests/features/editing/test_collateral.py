@@ -87,10 +87,16 @@ def test_answers_are_about_what_is_there_and_what_is_not(dataset):
     assert any("hammer" in one.prompt or "dog" in one.prompt for one in answers[3::4])
 
 
-def test_small_models_keep_more_captions_unless_asked(dataset, monkeypatch):
-    assert [images_to_keep(dataset.model, asked) for asked in (0, 1000, None)] == [0, 1000, kept_answers.KEPT]
-    monkeypatch.setattr(kept_answers, "LARGE", 1)
-    assert images_to_keep(dataset.model, None) == kept_answers.KEPT_BY_LARGE < kept_answers.KEPT
+def test_swaps_of_small_models_keep_more_captions_unless_asked(dataset, monkeypatch):
+    swap, suppression = {"source": "hammer", "target": "dog"}, {"suppress": "hammer"}
+
+    def images(request, kept=None):
+        return images_to_keep(dataset.model, edit_settings(request | {"kept": kept}))
+
+    assert [images(swap, asked) for asked in (0, 1000, None)] == [0, 1000, kept_answers.KEPT_BY_SMALL]
+    assert images(suppression) == kept_answers.KEPT < kept_answers.KEPT_BY_SMALL
+    monkeypatch.setattr(kept_answers, "SMALL", 1)
+    assert images(swap) == kept_answers.KEPT
 
 
 def test_kept_text_is_general_or_a_file(dataset, few_texts, tmp_path):
