@@ -140,9 +140,10 @@ def test_a_stopped_call_goes_on_and_a_second_one_repeats_nothing(run, made):
 
 def test_the_command_prints_judges_and_doses(run, made, mmray):
     name, data = run
-    sizes = ["--shard-size", 13, "--draws", 20, "--candidates", 64, "--tested", 3, "--longest", 16]
+    sizes = ["--shard-size", 13, "--draws", 20, "--candidates", 64, "--longest", 16]
     call = ["hallucination", name, "--data", data, "--local", *sizes]
-    done = mmray(*call, "--neurons", "--interventions", "--doses", 0, "--doses", 4, "--decoding", "vcd")
+    doses = ["--tested", 3, "--doses", 0, "--doses", 4, "--decoding", "vcd"]
+    done = mmray(*call, "--neurons", "--interventions", *doses)
     assert done.status == 0, done.err
     assert "random like" in done.out and "shuffled classes" in done.out and "vcd 1" in done.out
     found = json.loads(mmray(*call, "--neurons", "--json").out)
