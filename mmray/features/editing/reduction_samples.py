@@ -156,11 +156,11 @@ def pairs_of(captions: Sequence[OwnCaption]) -> tuple[tuple[str, str], ...]:
 def _corrected(dataset: EditDataset, captions: Sequence[OwnCaption]) -> list[Example]:
     """Return each caption without the absent objects, in the wording that the model finds likeliest."""
     # Sorted, because of wordings that are equally likely the first is taken.
-    wordings = [(caption, sorted(_wordings(dataset, caption))) for caption in captions]
-    examples = [dataset.example(one.sample, wording, one.tokens) for one, found in wordings for wording in found]
+    worded = [(caption, sorted(wordings(dataset, caption))) for caption in captions]
+    examples = [dataset.example(one.sample, wording, one.tokens) for one, found in worded for wording in found]
     scored = iter(zip(log_likelihoods(dataset.model, examples), examples, strict=True))
     best = []
-    for caption, found in wordings:
+    for caption, found in worded:
         rows = [next(scored) for _ in found]
         if rows:
             example = max(rows, key=lambda row: row[0])[1]
@@ -169,7 +169,7 @@ def _corrected(dataset: EditDataset, captions: Sequence[OwnCaption]) -> list[Exa
     return best
 
 
-def _wordings(dataset: EditDataset, own: OwnCaption) -> set[str]:
+def wordings(dataset: EditDataset, own: OwnCaption) -> set[str]:
     """Return captions that name nothing absent and all that the model rightly named.
 
     Candidates: the caption with the absent nouns dropped from their lists; with the one absent noun replaced by the one

@@ -11,11 +11,13 @@ from mmray.terminal.options import (
     AsJson,
     RunArgument,
     app,
+    command_line,
     console,
     finish,
     run_with_progress,
     say,
     say_json,
+    say_next,
     with_settings,
 )
 
@@ -39,10 +41,13 @@ def select(
         say_json(done.headline["selections"])
     else:
         opened = open_run(run)
-        for selection in selections(done, opened):
+        found = selections(done, opened)
+        for selection in found:
             console.print(ranking(selection.neurons, concept_title(opened, selection.neurons), "selective"))
             say(
                 f"ablated together, to first order: {selection.concept} falls by {selection.own:.2f} nats at "
                 f"{selection.own_places} places, other nouns by {selection.others:.2f} at {selection.other_places}\n"
             )
+        highest = (selection.neurons["neuron"][0].as_py() for selection in found)
+        say_next(*(command_line("neuron", run, neuron) for neuron in highest))
     finish(done, "sample", quiet=as_json)

@@ -12,7 +12,7 @@ from mmray.features.editing.dataset import EditDataset
 from mmray.features.editing.divergence import contrasting, divergence
 from mmray.features.editing.locating import probed
 from mmray.features.editing.methods import make_edit
-from mmray.features.editing.reduction_samples import _wordings, hallucinations, own_captions, pairs_of
+from mmray.features.editing.reduction_samples import hallucinations, own_captions, pairs_of, wordings
 from mmray.features.editing.settings import edit_settings
 from mmray.features.editing.training import log_likelihoods
 from mmray.models.generation import generate
@@ -77,7 +77,7 @@ def test_nothing_is_said_instead_where_the_data_has_no_caption(dataset, captions
     """A caption of which all is wrong leaves no wording, rather than the empty caption."""
     one = next(one for one in captions if one.mentions)
     without = replace(one, sample=replace(one.sample, caption=""), present=frozenset())
-    assert "" not in _wordings(dataset, without)
+    assert "" not in wordings(dataset, without)
 
 
 def test_guards_say_a_hallucinated_word_where_it_is_right_and_kept_captions_have_nothing_wrong(
