@@ -58,6 +58,8 @@ BAD_INPUTS = {
     f"{CENSUS} -d demo --score magic": "'contribution', 'gate', 'activation'",
     f"{CENSUS} -d demo --workers 5:2": "MIN:MAX such as 2:16",
     "selectivity {RUN} --by mood --local": "the run has domain, language",
+    "edit {RUN} --source Ship --target ship --out {T}/edit": "--source and --target are the same word",
+    "edit {RUN} --suppress object --out {T}/edit": "--suppress and --replacement are the same word",
     "edit {RUN} --source ship --out {T}/edit": "--source and --target go together",
     "hallucination {RUN} --doses 2": "--doses is for --neurons; give both",
     "hallucination {RUN} --ban-below 0.3": "--ban-below is for --neurons; give both",

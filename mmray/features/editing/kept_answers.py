@@ -101,7 +101,7 @@ def presence_answers(
 def text_answers(dataset: EditDataset, uri: str | None) -> dict[str, list[Example]]:
     """Return the model's replies to prompts without an image, and texts themselves, as continuations of a first word.
 
-    None for a model that reads an image with every prompt. Raises InputError if `uri` can't be read.
+    There are none for a model that reads an image with every prompt. Raises InputError if `uri` can't be read.
     """
     if uri not in dataset.text_answers:
         found = read_kept_text(uri)

@@ -317,6 +317,14 @@ def test_an_edit_beyond_a_bound_is_not_saved_unless_asked(mmray, demo_run, few_t
     assert facts["tries"][0]["broken"] == facts["broken"]
 
 
+@pytest.mark.parametrize("method", ["noise", "scale"])
+def test_what_takes_words_away_is_measured_by_whether_they_are_gone(dataset, few_texts, monkeypatch, method):
+    asked = []
+    monkeypatch.setattr(methods, "validate", lambda *_, gone, **__: asked.append(gone) or {})
+    make_edit(dataset, [edit_settings({"suppress": "hammer", "method": method, "keep_text": few_texts, **QUICK})])
+    assert asked == [True]
+
+
 def test_replies_end_where_they_are_cut_off(dataset):
     short, long = (dataset.replies([Prompt("What is a dog?")], longest)[0].tokens for longest in (1, 64))
     assert len(short) == 1
